@@ -1,0 +1,56 @@
+"""LoRA fine-tuning for PyTorch Lightning: one callback, adapter-only checkpoints, PEFT's files.
+
+Names are imported when they are first used, so that ``import lora_lightning`` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AdapterError": "errors",
+    "LoraCallback": "callback",
+    "LoraConfig": "config",
+    "LoraConfigError": "errors",
+    "LoraReport": "injection",
+    "inject_lora": "injection",
+    "load_adapter": "adapters",
+    "load_from_checkpoint": "checkpoint",
+    "lora_disabled": "injection",
+    "lora_parameters": "injection",
+    "lora_state_dict": "injection",
+    "merge_lora": "adapters",
+    "save_adapter": "adapters",
+    "unload_lora": "injection",
+}
+__all__ = [*sorted(_HOMES)]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from lora_lightning.adapters import load_adapter, merge_lora, save_adapter
+    from lora_lightning.callback import LoraCallback
+    from lora_lightning.checkpoint import load_from_checkpoint
+    from lora_lightning.config import LoraConfig
+    from lora_lightning.errors import AdapterError, LoraConfigError
+    from lora_lightning.injection import (
+        LoraReport,
+        inject_lora,
+        lora_disabled,
+        lora_parameters,
+        lora_state_dict,
+        unload_lora,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

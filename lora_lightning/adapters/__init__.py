@@ -1,0 +1,7 @@
+"""Adapters as files: PEFT's folder format, checkpoints, and merging into the base."""
+
+from lora_lightning.adapters.checkpoint import adapter_from_checkpoint
+from lora_lightning.adapters.folder import load_adapter, read_config, read_record, save_adapter
+from lora_lightning.adapters.merge import merge_lora
+
+__all__ = ["adapter_from_checkpoint", "load_adapter", "merge_lora", "read_config", "read_record", "save_adapter"]

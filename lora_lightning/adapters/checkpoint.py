@@ -1,0 +1,109 @@
+"""What a Lightning checkpoint says about adapters, and the adapter folder made from one without the base model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.adapters.folder import AdapterFacts, describe, write_folder
+from lora_lightning.errors import AdapterError, did_you_mean
+from lora_lightning.injection.state import record_of, the_root
+
+CHECKPOINT_KEY = "lora_lightning"
+
+
+def checkpoint_entry(module: nn.Module, attribute: str | None) -> dict[str, Any]:
+    """What a checkpoint keeps of one adapter, as primitives: its config, seed and the facts of its folder.
+
+    Args:
+        module: The LightningModule.
+        attribute: The attribute below which the adapter was injected, or None for all of the module.
+    """
+    below = module if attribute is None else module.get_submodule(attribute)
+    facts = describe(below)
+    prefix = f"{attribute}." if attribute else ""
+    record = record_of(the_root(below)[1])
+    return {
+        "module": attribute,
+        "lora_config": record.config.to_dict(),
+        "seed": record.seed,
+        **asdict(
+            AdapterFacts(
+                facts.config,
+                {prefix + name: key for name, key in facts.keys.items()},
+                [prefix + name for name in facts.outside],
+                facts.record,
+            )
+        ),
+    }
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Load a ``.ckpt`` file of ours onto the CPU with ``weights_only=True``.
+
+    Raises:
+        AdapterError: If it is missing, damaged, or no adapter checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise AdapterError(f"no checkpoint file at {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a file that is cut off, damaged or holds code
+        raise AdapterError(f"{path} cannot be read with weights_only=True: {error}") from error
+    entries_of(checkpoint, str(path))
+    return checkpoint
+
+
+def entries_of(checkpoint: Mapping[str, Any], source: str) -> dict[str, dict[str, Any]]:
+    """The adapters that a checkpoint describes, by name.
+
+    Raises:
+        AdapterError: If it describes none.
+    """
+    entries = checkpoint.get(CHECKPOINT_KEY, {}).get("adapters") if isinstance(checkpoint, Mapping) else None
+    if not entries:
+        raise AdapterError(
+            f"{source} was not written with a LoraCallback: it has no {CHECKPOINT_KEY!r} entry. To start from the "
+            "weights of a full checkpoint, load them into the base model before training"
+        )
+    return entries
+
+
+def adapter_from_checkpoint(
+    path: str | os.PathLike[str],
+    folder: str | os.PathLike[str] | None = None,
+    *,
+    name: str = "default",
+    overwrite: bool = False,
+) -> Path:
+    """Write the adapter folder of a checkpoint, without the base model.
+
+    Args:
+        path: A ``.ckpt`` file written under a ``LoraCallback``.
+        folder: Where to; None makes ``NAME-adapter`` beside ``NAME.ckpt``.
+        name: Which adapter, where the run had several.
+        overwrite: Replace an adapter that is in the folder already.
+
+    Returns:
+        The folder.
+
+    Raises:
+        AdapterError: If the checkpoint is no adapter checkpoint, or the folder holds an adapter already.
+    """
+    path = Path(path)
+    checkpoint = read_checkpoint(path)
+    entries = entries_of(checkpoint, str(path))
+    if name not in entries:
+        raise AdapterError(f"no adapter {name!r}{did_you_mean(name, entries)} in {path}: it has {', '.join(entries)}")
+    entry = entries[name]
+    facts = AdapterFacts(entry["config"], entry["keys"], entry["outside"], entry["record"])
+    wanted = [*facts.keys, *facts.outside]
+    state: dict[str, Tensor] = {key: checkpoint["state_dict"][key] for key in wanted}
+    return write_folder(facts, state, folder or path.with_name(f"{path.stem}-adapter"), overwrite=overwrite)

@@ -1,0 +1,295 @@
+"""The adapter folder: ``adapter_config.json`` and ``adapter_model.safetensors``, as PEFT writes and reads them.
+
+Beside them ``lora_lightning.json`` holds what PEFT has no place for (the base's fingerprint, the chain of adapters
+folded in before) and ``modules_outside.safetensors``, only where needed, what trains around the transformers model.
+Nothing in such a folder is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import lora_lightning
+from lora_lightning.adapters.fingerprint import fingerprint
+from lora_lightning.adapters.peft_config import from_peft_config, to_peft_config
+from lora_lightning.adapters.peft_names import PREFIX, peft_names
+from lora_lightning.config import LoraConfig
+from lora_lightning.errors import AdapterError
+from lora_lightning.injection import LoraReport, inject_lora, report_of, unload_lora
+from lora_lightning.injection.names import find_root, unwrap
+from lora_lightning.injection.state import (
+    adapter_tensors,
+    injected_roots,
+    load_lora_state,
+    lora_layers,
+    lora_state_dict,
+    record_of,
+    the_root,
+    trained_in_full,
+)
+from lora_lightning.injection.targets import pattern_value
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+RECORD_FILE = "lora_lightning.json"
+OUTSIDE_FILE = "modules_outside.safetensors"
+_BASE_COPY = ".base_layer.weight"  # PEFT saves the base weight of an adapted embedding or head; the base has its own
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # PEFT does not save them
+
+
+@dataclass
+class AdapterFacts:
+    """All that makes an adapter folder but the values: fit for JSON, and kept in checkpoints.
+
+    Attributes:
+        config: Content of ``adapter_config.json``.
+        keys: Name below the model that was described to key in ``adapter_model.safetensors``.
+        outside: Names that belong into ``modules_outside.safetensors``.
+        record: Content of ``lora_lightning.json``.
+    """
+
+    config: dict[str, Any]
+    keys: dict[str, str]
+    outside: list[str] = field(default_factory=list)
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+def describe(model: nn.Module) -> AdapterFacts:
+    """The facts of an injected model's adapter, its names relative to ``model``."""
+    model = unwrap(model)
+    prefix, root = the_root(model)
+    outside = [
+        _join(name, local)
+        for name, _, originals in trained_in_full(model)
+        if not _below(name, prefix)
+        for local in originals
+    ]
+    record = record_of(root)
+    return AdapterFacts(
+        config=to_peft_config(root),
+        keys={_join(prefix, name): key for name, key in peft_names(root).items()},
+        outside=outside,
+        record={
+            "version": lora_lightning.__version__,
+            "base_fingerprint": fingerprint(root),
+            "bases": list(record.bases),
+        },
+    )
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """Write a model's adapter as a folder that PEFT, transformers and :func:`load_adapter` read.
+
+    Args:
+        model: An injected model, or a LightningModule around one.
+        folder: Made if need be.
+        overwrite: Replace an adapter that is there already.
+
+    Returns:
+        The folder.
+
+    Raises:
+        AdapterError: If there is no adapter, its values are not finite, or the folder holds one already.
+    """
+    state = adapter_state(model)
+    facts = describe(model)
+    return write_folder(facts, state, folder, overwrite=overwrite)
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """What goes into the folder: the root's state, and what trains outside it (nothing else around the model)."""
+    model = unwrap(model)
+    prefix, _ = the_root(model)
+    own = adapter_tensors(model).keys()
+    return {name: value for name, value in lora_state_dict(model).items() if _below(name, prefix) or name in own}
+
+
+def write_folder(
+    facts: AdapterFacts, state: Mapping[str, Tensor], folder: str | os.PathLike[str], *, overwrite: bool = False
+) -> Path:
+    """Write an adapter folder from facts and values; files are written aside and renamed, weights last."""
+    folder = Path(folder)
+    if (folder / WEIGHTS_FILE).exists() and not overwrite:
+        raise AdapterError(f"{folder} holds an adapter already: choose another folder, or pass overwrite=True")
+    if bad := sorted(name for name, value in state.items() if not _finite(value)):
+        raise AdapterError(f"not saved, the adapter has values that are not finite: {', '.join(bad[:4])}")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / CONFIG_FILE, _json(facts.config))
+    _write(folder / RECORD_FILE, _json(facts.record))
+    if facts.outside:
+        _write_tensors(folder / OUTSIDE_FILE, {name: state[name] for name in facts.outside})
+    _write_tensors(folder / WEIGHTS_FILE, {key: state[name] for name, key in facts.keys.items()})
+    return folder
+
+
+def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trainable: bool = False) -> LoraReport:
+    """Read an adapter folder into a model, injecting first if need be.
+
+    Args:
+        model: The base model, or a LightningModule around it; or one injected with the same config.
+        folder: An adapter folder, ours or PEFT's.
+        trainable: Let the adapter train; else all of the model is frozen.
+
+    Returns:
+        What was adapted.
+
+    Raises:
+        AdapterError: If the folder does not fit; the model is as it was then.
+    """
+    folder, model = Path(folder), unwrap(model)
+    config, weights = read_config(model, folder), _read_weights(folder)
+    fresh = not injected_roots(model)
+    if fresh:
+        inject_lora(model, config, seed=0)
+    try:
+        prefix, root = the_root(model)
+        names = {key: _join(prefix, name) for name, key in peft_names(root).items()}
+        given = {names.get(key, key): value for key, value in weights.items() if not key.endswith(_BASE_COPY)}
+        _check_fit(root, config, given, {name for name in adapter_tensors(model) if _below(name, prefix)}, folder)
+        load_lora_state(model, lora_state_dict(model) | given | _read_outside(folder, model), str(folder))
+    except AdapterError:
+        if fresh:
+            unload_lora(model)
+        raise
+    _remember(root, folder)
+    if not trainable:
+        model.requires_grad_(False)
+    return report_of(model)
+
+
+def read_config(model: nn.Module, folder: str | os.PathLike[str]) -> LoraConfig:
+    """The LoRA config of an adapter folder, as it applies to a model."""
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        there = ", ".join(sorted(entry.name for entry in Path(folder).glob("*"))[:8]) or "nothing"
+        raise AdapterError(f"{folder} is not an adapter folder: no {CONFIG_FILE} in it (it holds {there})")
+    _, root = find_root(unwrap(model))
+    return from_peft_config(_read_json(path), root, str(path))
+
+
+def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What ``lora_lightning.json`` says; empty for a folder that PEFT wrote."""
+    path = Path(folder) / RECORD_FILE
+    return _read_json(path) if path.is_file() else {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AdapterError(f"{path} is not JSON: {error}") from error
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        hint = ""
+        if (folder / "adapter_model.bin").exists():
+            hint = "; adapter_model.bin is a pickle, which is not read here: save it as safetensors with PEFT first"
+        raise AdapterError(f"{folder} has no {WEIGHTS_FILE}{hint}")
+    tensors = _read_tensors(path)
+    if tensors and not any(key.startswith(PREFIX) for key in tensors):
+        warnings.warn(f"{path}: keys lack PEFT's prefix {PREFIX!r}; read as if they had it", stacklevel=3)
+        tensors = {PREFIX + key: value for key, value in tensors.items()}
+    return tensors
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{path} cannot be read, it is damaged or was cut off: {error}") from error
+    if bad := sorted(name for name, value in tensors.items() if not _finite(value)):
+        raise AdapterError(f"{path} holds values that are not finite (NaN or infinity) in {', '.join(bad[:4])}")
+    return tensors
+
+
+def _read_outside(folder: Path, model: nn.Module) -> dict[str, Tensor]:
+    """What trains around the root: read where ``model`` has those modules, told where it has not."""
+    path = folder / OUTSIDE_FILE
+    if not path.is_file():
+        return {}
+    tensors = _read_tensors(path)
+    known = lora_state_dict(model).keys()
+    if missing := sorted(tensors.keys() - known):
+        warnings.warn(
+            f"{path} holds {', '.join(missing[:4])}, which lie outside this model: load the adapter into the module "
+            "around it to have them too",
+            stacklevel=3,
+        )
+    return {name: value for name, value in tensors.items() if name in known}
+
+
+def _check_fit(root: nn.Module, config: LoraConfig, given: Mapping[str, Tensor], own: set[str], folder: Path) -> None:
+    """Refuse a file that leaves part of the adapter out, or that means another scale than the layers have."""
+    problems = []
+    if missing := sorted(name for name in own - given.keys() if not name.endswith(_STATISTICS)):
+        problems.append(
+            f"missing: {', '.join(missing[:4])}" + (f" and {len(missing) - 4} more" if missing[4:] else "")
+        )
+    for name, layer in lora_layers(root):
+        r = int(pattern_value(config.rank_pattern, name, config.r))
+        scaling = config.scaling(r, pattern_value(config.alpha_pattern, name, config.lora_alpha))
+        if (r, scaling) != (layer.lora_r, layer.lora_scaling):
+            problems.append(
+                f"{name} has r={layer.lora_r}, scale {layer.lora_scaling:g} in the model; "
+                f"the folder means r={r}, scale {scaling:g}"
+            )
+    if problems:
+        more = [f"{len(problems) - 4} more layers differ"] if problems[4:] else []
+        raise AdapterError(f"{folder} does not fit this model:" + "".join(f"\n  - {p}" for p in problems[:4] + more))
+
+
+def _remember(root: nn.Module, folder: Path) -> None:
+    """Take over the chain of bases, and warn where the base is not the one that the adapter was trained on."""
+    record = read_record(folder)
+    record_of(root).bases = tuple(record.get("bases", ()))
+    told, own = record.get("base_fingerprint"), fingerprint(root)
+    if told and own and told != own:
+        chain = record.get("bases")
+        why = (
+            f"it was trained over a base with {', '.join(chain)} folded in: load_adapter and merge_lora those first"
+            if chain
+            else "another version of the weights, or the same ones in another precision"
+        )
+        warnings.warn(f"{folder}: the base model is not the one this adapter was trained on ({why})", stacklevel=3)
+
+
+def _below(name: str, prefix: str) -> bool:
+    return prefix == "" or name == prefix or name.startswith(f"{prefix}.")
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _finite(value: Tensor) -> bool:
+    return not value.is_floating_point() or bool(torch.isfinite(value).all())
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def _write(path: Path, content: bytes) -> None:
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_bytes(content)
+    os.replace(aside, path)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    aside = path.with_name(f".{path.name}.tmp")
+    whole = {name: value.detach().to("cpu").contiguous().clone() for name, value in tensors.items()}
+    save_file(whole, aside, metadata={"format": "pt"})
+    os.replace(aside, path)

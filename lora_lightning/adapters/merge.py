@@ -1,0 +1,67 @@
+"""Folding an adapter into the base weights: ``W ← W + s · B A``, all of it or nothing."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.errors import AdapterError
+from lora_lightning.injection.names import unwrap
+from lora_lightning.injection.state import lora_layers, the_root
+from lora_lightning.injection.unload import remove_adapter
+from lora_lightning.layers import LoraLayer
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module, *, safe: bool = True) -> None:
+    """Fold a model's adapter into its weights, in place, and leave plain layers that give the adapted outputs.
+
+    Each sum is made in float32 at least and rounded once to the weight's dtype. Modules trained in full keep their
+    trained values. An adapted layer whose weight is tied to another module is refused: merging would change both.
+
+    Args:
+        model: An injected model, or a LightningModule around one.
+        safe: Make every sum once beforehand and refuse values that are not finite; False spares that pass.
+
+    Raises:
+        AdapterError: If there is no adapter, a weight is tied, or a sum is not finite. Nothing is changed then.
+    """
+    model = unwrap(model)
+    the_root(model)
+    layers = dict(lora_layers(model))
+    _refuse_tied(model, layers)
+    if safe and (bad := [name for name, layer in layers.items() if not torch.isfinite(_merged(layer)).all()]):
+        raise AdapterError(f"not merged, the result would not be finite in {', '.join(bad[:4])}")
+    for layer in layers.values():
+        _weight(layer).copy_(_merged(layer))
+    remove_adapter(model)
+
+
+def _merged(layer: LoraLayer) -> Tensor:
+    weight = _weight(layer)
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    a, b = layer.lora_A.data, layer.lora_B.data
+    layer.lora_A.data, layer.lora_B.data = a.to(exact), b.to(exact)
+    try:
+        return (weight.to(exact) + layer.lora_weight_delta()).to(weight.dtype)
+    finally:
+        layer.lora_A.data, layer.lora_B.data = a, b
+
+
+def _weight(layer: LoraLayer) -> Tensor:
+    return cast("Tensor", layer.weight)
+
+
+def _refuse_tied(model: nn.Module, layers: dict[str, LoraLayer]) -> None:
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+    for name, layer in layers.items():
+        others = [owner for owner in owners[id(_weight(layer))] if owner != name]
+        if others:
+            raise AdapterError(
+                f"not merged: the weight of {name} is tied to {', '.join(others)}, which would change with it. Untie "
+                "them first (give one a copy of the weight, and set tie_word_embeddings=False in the model's config)"
+            )

@@ -1,0 +1,256 @@
+"""What a LoRA adapter is to be: one dataclass with PEFT's names, meanings and defaults, checked as a whole."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from lora_lightning.errors import LoraConfigError, did_you_mean
+
+ALL_LINEAR = "all-linear"
+BIAS_KINDS = ("none", "all", "lora_only")
+INITIALISATIONS = ("gaussian", "orthogonal")
+TASK_TYPES = ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+# The heads that a task type trains in full although nobody named them; those a model lacks are passed over.
+TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+# Names that other tools use for the same thing: told, never accepted.
+ALIASES = {
+    "rank": "r",
+    "lora_r": "r",
+    "lora_rank": "r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "targets": "target_modules",
+    "rslora": "use_rslora",
+    "rs_lora": "use_rslora",
+    "exclude": "exclude_modules",
+    "init_weights": "init_lora_weights",
+}
+
+
+@dataclass
+class LoraConfig:
+    r"""The decision that LoRA is: which layers, what rank, what scale, how trained.
+
+    An adapted layer computes :math:`y = W x + s\,B A\,x` with ``A`` of shape ``(r, in_features)``, ``B`` of shape
+    ``(out_features, r)`` and the scale ``s = lora_alpha / r`` (``lora_alpha / sqrt(r)`` with ``use_rslora``).
+    Sources: LoRA (arXiv 2106.09685), rsLoRA (arXiv 2312.03732). Field names, meanings and defaults are PEFT's; only
+    ``target_modules`` has a default of its own.
+
+    Args:
+        r: Rank of the update, at least 1.
+        lora_alpha: Numerator of the scale.
+        lora_dropout: Probability, in [0, 1), of dropping an input of ``A`` in training; not used on embeddings.
+        target_modules: ``"all-linear"`` (every linear layer but the output head), a regular expression that must match
+            a whole module name, or a list of names, each matching that module or any whose name ends in ``.name``.
+        exclude_modules: Modules to leave out, written like ``target_modules`` (regular expression or list).
+        modules_to_save: Names of modules that are trained in full and saved with the adapter.
+        bias: Which biases train: ``"none"``, ``"all"`` of the model, or those of adapted layers (``"lora_only"``).
+        use_rslora: Scale by ``lora_alpha / sqrt(r)``, which stays stable at large ranks.
+        task_type: ``CAUSAL_LM``, ``SEQ_CLS``, …; ``SEQ_CLS``, ``TOKEN_CLS`` and ``QUESTION_ANS`` train their head too.
+        fan_in_fan_out: True where weights are stored ``(in, out)``; taken from the layer where its kind says so.
+        layers_to_transform: Only these layer numbers; needs ``target_modules`` as a list.
+        layers_pattern: Name of the list of layers that the numbers count in, where it is not found by itself.
+        rank_pattern: Other ranks for some layers: name or regular expression to rank; the first that matches counts.
+        alpha_pattern: Other alphas for some layers, written like ``rank_pattern``.
+        init_lora_weights: True (``A`` Kaiming-uniform, ``B`` zero), False (left as allocated: both random), ``"gaussian"``
+            or ``"orthogonal"``.
+
+    Raises:
+        LoraConfigError: With everything that is wrong, at once.
+
+    >>> LoraConfig(r=16, lora_alpha=32).scaling()
+    2.0
+    >>> LoraConfig(r=64, lora_alpha=128, use_rslora=True).scaling()
+    16.0
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    target_modules: str | list[str] = ALL_LINEAR
+    exclude_modules: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
+    bias: str = "none"
+    use_rslora: bool = False
+    task_type: str | None = None
+    fan_in_fan_out: bool = False
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    init_lora_weights: bool | str = True
+
+    def __post_init__(self) -> None:
+        """Bring containers of other libraries (tuples, OmegaConf) to plain ones and check every field."""
+        for entry in fields(self):
+            setattr(self, entry.name, _plain(getattr(self, entry.name)))
+        self.rank_pattern = self.rank_pattern or {}
+        self.alpha_pattern = self.alpha_pattern or {}
+        if isinstance(self.modules_to_save, str):
+            self.modules_to_save = [self.modules_to_save]
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR:
+            self.target_modules = ALL_LINEAR
+        if isinstance(self.task_type, str):
+            self.task_type = self.task_type.upper()
+        if problems := self._problems():
+            raise LoraConfigError(_listed("This LoRA config cannot be used", problems))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LoraConfig:
+        """Build a config from a mapping (a dict, a Hydra group), refusing keys that are not fields.
+
+        Raises:
+            LoraConfigError: With every unknown key, its nearest field, and every wrong value.
+        """
+        known = [entry.name for entry in fields(cls)]
+        problems = [_unknown_key(str(key), known) for key in values if key not in known]
+        try:
+            config = cls(**{key: values[key] for key in values if key in known})
+        except LoraConfigError as error:
+            if not problems:
+                raise
+            problems += str(error).split("\n  - ")[1:] or [str(error)]
+        if problems:
+            raise LoraConfigError(_listed("This LoRA config cannot be used", problems))
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values, fit for JSON and for a checkpoint."""
+        return asdict(self)
+
+    def scaling(self, r: int | None = None, lora_alpha: float | None = None) -> float:
+        """The scale ``s`` of the update for a rank and an alpha (default: this config's own)."""
+        r = self.r if r is None else r
+        lora_alpha = self.lora_alpha if lora_alpha is None else lora_alpha
+        return lora_alpha / (math.sqrt(r) if self.use_rslora else r)
+
+    def difference(self, other: LoraConfig) -> list[str]:
+        """The fields in which two configs differ, as ``'r: 8 here, 16 there'``."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        return [f"{key}: {mine[key]!r} here, {theirs[key]!r} there" for key in mine if mine[key] != theirs[key]]
+
+    def _problems(self) -> list[str]:
+        problems = [
+            *_check_rank("r", self.r),
+            *_check_number("lora_alpha", self.lora_alpha),
+            *_check_names("target_modules", self.target_modules, pattern_allowed=True),
+            *_check_names("modules_to_save", self.modules_to_save, pattern_allowed=False),
+            *_check_patterns(self.rank_pattern, self.alpha_pattern),
+        ]
+        if self.exclude_modules is not None:
+            problems += _check_names("exclude_modules", self.exclude_modules, pattern_allowed=True, may_be_empty=True)
+        dropout = self.lora_dropout
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+            problems.append(f"lora_dropout must be a probability in [0, 1), got {dropout!r}")
+        problems += [
+            f"{name} must be true or false, got {value!r}"
+            for name, value in (("use_rslora", self.use_rslora), ("fan_in_fan_out", self.fan_in_fan_out))
+            if not isinstance(value, bool)
+        ]
+        problems += _check_choice("bias", self.bias, BIAS_KINDS)
+        if self.task_type is not None:
+            problems += _check_choice("task_type", self.task_type, TASK_TYPES)
+        if not isinstance(self.init_lora_weights, bool):
+            problems += _check_choice("init_lora_weights", self.init_lora_weights, ("true", "false", *INITIALISATIONS))
+        if self.init_lora_weights == "orthogonal":
+            ranks = [self.r, *self.rank_pattern.values()]
+            odd = [rank for rank in ranks if isinstance(rank, int) and rank % 2]
+            if odd:
+                problems.append(f"init_lora_weights='orthogonal' needs even ranks, got r={odd[0]}")
+        return problems + self._layer_problems()
+
+    def _layer_problems(self) -> list[str]:
+        chosen = self.layers_to_transform
+        if chosen is None:
+            return ["layers_pattern needs layers_to_transform beside it"] if self.layers_pattern else []
+        problems = []
+        numbers = [chosen] if isinstance(chosen, int) else chosen
+        if not isinstance(numbers, list) or not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
+            problems.append(f"layers_to_transform must be a layer number or a list of them, got {chosen!r}")
+        if isinstance(self.target_modules, str):
+            problems.append(
+                "layers_to_transform needs target_modules as a list of names "
+                f"(a regular expression can choose layers by itself), got {self.target_modules!r}"
+            )
+        return problems
+
+
+def _plain(value: Any) -> Any:
+    """Lists for sequences and dicts for mappings, all the way down (OmegaConf's containers are both)."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, Sequence):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _unknown_key(key: str, known: list[str]) -> str:
+    if key in ALIASES:
+        return f"unknown key {key!r}: it is called {ALIASES[key]!r} here"
+    return f"unknown key {key!r}{did_you_mean(key, known)}"
+
+
+def _check_rank(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool) or not isinstance(value, int):
+        return [f"{name} must be a whole number of at least 1, got {value!r}"]
+    return [] if value >= 1 else [f"{name} must be at least 1, got {value}"]
+
+
+def _check_number(name: str, value: Any) -> list[str]:
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return [] if good else [f"{name} must be a finite number, got {value!r}"]
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> list[str]:
+    if value in choices:
+        return []
+    return [f"{name} must be one of {', '.join(choices)}, got {value!r}{did_you_mean(str(value), choices)}"]
+
+
+def _check_regex(name: str, pattern: str) -> list[str]:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return [f"{name}: {pattern!r} is not a regular expression ({error})"]
+    return []
+
+
+def _check_names(name: str, value: Any, *, pattern_allowed: bool, may_be_empty: bool = False) -> list[str]:
+    if value is None and not pattern_allowed:
+        return []
+    if isinstance(value, str) and pattern_allowed:
+        return _check_regex(name, value) if value else [f"{name} is an empty string"]
+    if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+        forms = "a list of module names" + (" or a regular expression" if pattern_allowed else "")
+        return [f"{name} must be {forms}, got {value!r}"]
+    if not value and pattern_allowed and not may_be_empty:
+        return [f"{name} is an empty list: nothing would be adapted; write 'all-linear' or name the layers"]
+    return []
+
+
+def _check_patterns(rank_pattern: Any, alpha_pattern: Any) -> list[str]:
+    problems = []
+    checks = (("rank_pattern", rank_pattern, _check_rank), ("alpha_pattern", alpha_pattern, _check_number))
+    for name, pattern, check in checks:
+        if not isinstance(pattern, dict):
+            problems.append(f"{name} must map layer names to numbers, got {pattern!r}")
+            continue
+        for key, value in pattern.items():
+            problems += _check_regex(name, str(key)) + check(f"{name}[{key!r}]", value)
+    return problems
+
+
+def _listed(title: str, problems: list[str]) -> str:
+    return f"{title}:" + "".join(f"\n  - {problem}" for problem in problems)

@@ -1,0 +1,181 @@
+"""Injection: every layer that a config names gets an adapter, and the rest is frozen. All of it or none."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from lora_lightning.config import LoraConfig
+from lora_lightning.errors import LoraConfigError
+from lora_lightning.injection.initialise import generator_for, initialise
+from lora_lightning.injection.names import canonical_modules, find_root, unwrap
+from lora_lightning.injection.report import LoraReport, LoraRow
+from lora_lightning.injection.state import (
+    ORIGINALS,
+    RECORD,
+    Injected,
+    adapter_tensors,
+    copy_originals,
+    injected_roots,
+    lora_layers,
+    record_of,
+    trained_in_full,
+)
+from lora_lightning.injection.targets import resolve
+from lora_lightning.injection.unload import FAST_PATH, unload_lora
+from lora_lightning.layers import LoraLayer, adapt
+
+
+def inject_lora(model: nn.Module, config: LoraConfig | Mapping[str, Any], *, seed: int | None = None) -> LoraReport:
+    """Give a model its adapter, in place, and freeze everything else in it.
+
+    Layers keep their identity, names, hooks and ties; each target gets ``lora_A`` ``(r, in)`` and ``lora_B``
+    ``(out, r)``. Calling it again with the same config adapts what has been added to the model since and freezes anew.
+
+    Args:
+        model: A model, or a LightningModule around one; names in the config are relative to the transformers model
+            inside it where there is one, else to ``model``.
+        config: A :class:`LoraConfig`, or a mapping of its fields.
+        seed: Seed of the first values; None takes ``PL_GLOBAL_SEED`` (set by ``seed_everything``), else 0.
+
+    Returns:
+        What was adapted and what it weighs.
+
+    Raises:
+        LoraConfigError: If a name matches nothing, a match cannot be adapted, or the model has another config already.
+            The model is as it was then.
+    """
+    config = config if isinstance(config, LoraConfig) else LoraConfig.from_dict(config)
+    seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+    model = unwrap(model)
+    _, root = find_root(model)
+    _check_earlier(model, root, config)
+    plan = resolve(root, config, outside=model)
+    before = [name for name, p in root.named_parameters() if p.requires_grad]
+    heads = frozen_heads(model, root, set().union(*map(_parts, plan.in_full.values())))
+    for target in plan.targets:
+        if isinstance(target.layer, LoraLayer):
+            continue
+        scaling = config.scaling(target.r, target.lora_alpha)
+        adapt(target.layer, target.r, target.lora_alpha, scaling, config.lora_dropout)
+        initialise(target.layer, config.init_lora_weights, generator_for(seed, target.name))
+    for module in plan.in_full.values():
+        for part in module.modules():
+            own = [name for name, _ in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))]
+            if own and ORIGINALS not in vars(part):
+                copy_originals(part, own)
+    _mark_biases(root, config)
+    _leave_fast_path(root)
+    if RECORD not in vars(root):
+        vars(root)[RECORD] = Injected(config, seed, tuple(before))
+    freeze_base(model)
+    return report_of(model, heads)
+
+
+def freeze_base(model: nn.Module) -> None:
+    """Let the adapter's parameters train and nothing else in the model."""
+    model = unwrap(model)
+    own = {id(tensor) for tensor in adapter_tensors(model).values()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in own)
+
+
+def report_of(model: nn.Module, heads: tuple[str, ...] = ()) -> LoraReport:
+    """A report of a model's adapter as it stands."""
+    model = unwrap(model)
+    prefix = next((f"{name}." for name in injected_roots(model) if name), "")
+    rows = []
+    for name, layer in lora_layers(model):
+        sides = layer.lora_sides(layer)  # type: ignore[arg-type]  # an adapted layer is a module
+        weight = layer.lora_A.numel() + layer.lora_B.numel()
+        rows.append(
+            LoraRow(name.removeprefix(prefix), layer.lora_kind, sides, layer.lora_r, layer.lora_scaling, weight)
+        )
+    for name, module, originals in trained_in_full(model):
+        own = [p for local, p in module.named_parameters(recurse=False) if local in originals]
+        if own:
+            kind = "bias" if list(originals) == ["bias"] and "weight" in module._parameters else "in full"
+            count = sum(p.numel() for p in own)
+            rows.append(LoraRow(name.removeprefix(prefix), kind, tuple(own[0].shape[::-1]), 0, 0.0, count))
+    parameters = list(model.parameters())
+    trainable = sum(_numel(p) for p in parameters if p.requires_grad)
+    return LoraReport(rows, trainable, sum(_numel(p) for p in parameters), heads)
+
+
+def frozen_heads(model: nn.Module, root: nn.Module, in_full: set[int]) -> tuple[str, ...]:
+    """Modules that look meant to train although the config does not name them, as ``modules_to_save`` would.
+
+    In a model that is trainable as a whole these are the modules beside the transformers backbone: a fresh head, or
+    layers of the LightningModule around it. In one that was frozen in part, all that was left trainable.
+    """
+    head = root.get_output_embeddings() if callable(getattr(root, "get_output_embeddings", None)) else None
+    backbone = getattr(root, str(getattr(root, "base_model_prefix", "")), root) or root
+    whole = all(p.requires_grad for p in root.parameters())
+    known = in_full | _parts(head) | (_parts(backbone) if whole else set())
+    found = _topmost(root, known)
+    if root is not model:
+        found += _topmost(model, known | _parts(root))
+    return tuple(dict.fromkeys(found))
+
+
+def _parts(module: nn.Module | None) -> set[int]:
+    return set() if module is None else {id(part) for part in module.modules()}
+
+
+def _topmost(model: nn.Module, known: set[int]) -> list[str]:
+    """Outermost modules with trainable, not yet adapted parameters, none of whose parts is known."""
+    found: list[str] = []
+    for name, module in canonical_modules(model):
+        if not name or any(name.startswith(f"{outer}.") for outer in found):
+            continue
+        parts = list(module.modules())
+        fresh = not any(id(part) in known or isinstance(part, LoraLayer) for part in parts)
+        if fresh and (parameters := list(module.parameters())) and all(p.requires_grad for p in parameters):
+            found.append(name)
+    return found
+
+
+def _check_earlier(model: nn.Module, root: nn.Module, config: LoraConfig) -> None:
+    """Refuse another config; an equal one whose root has changed (a backbone built since) starts again."""
+    for name, earlier in injected_roots(model).items():
+        if differing := record_of(earlier).config.difference(config):
+            raise LoraConfigError(
+                f"{name or type(model).__name__} already has another LoRA config, and a layer holds one adapter. "
+                "They differ in (here: the one in place, there: the new one)"
+                + "".join(f"\n  - {line}" for line in differing)
+                + "\nCall unload_lora(model) or merge_lora(model) first."
+            )
+        if earlier is not root:
+            unload_lora(earlier)
+
+
+def _mark_biases(root: nn.Module, config: LoraConfig) -> None:
+    if config.bias == "none":
+        return
+    for _, module in canonical_modules(root):
+        wanted = config.bias == "all" or isinstance(module, LoraLayer)
+        has_bias = isinstance(module._parameters.get("bias"), nn.Parameter)
+        if wanted and has_bias and ORIGINALS not in vars(module):
+            copy_originals(module, ["bias"])
+
+
+def _leave_fast_path(root: nn.Module) -> None:
+    """Make ``nn.TransformerEncoderLayer`` call its layers: in eval it would read their weights past the adapter."""
+    for layer in _encoder_layers(root):
+        if FAST_PATH not in vars(layer) and any(isinstance(part, LoraLayer) for part in layer.modules()):
+            vars(layer)[FAST_PATH] = layer.activation_relu_or_gelu
+            layer.activation_relu_or_gelu = 0
+
+
+def _encoder_layers(root: nn.Module) -> Iterator[nn.TransformerEncoderLayer]:
+    yield from (module for module in root.modules() if isinstance(module, nn.TransformerEncoderLayer))
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))  # ZeRO-3 leaves a parameter empty and keeps its size
+
+
+

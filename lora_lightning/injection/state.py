@@ -1,0 +1,182 @@
+"""What an injected model knows of itself: where its adapters are, what trains, and what is not the frozen base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from lora_lightning.config import LoraConfig
+from lora_lightning.errors import AdapterError
+from lora_lightning.injection.names import canonical, canonical_modules, unwrap
+from lora_lightning.layers import LoraLayer
+
+RECORD = "_lora_injected"
+ORIGINALS = "_lora_originals"
+
+
+@dataclass
+class Injected:
+    """The record that injection leaves on the root.
+
+    Attributes:
+        config: What was injected.
+        seed: Seed of the first values.
+        trainable_before: Names, below the root, of parameters that injection froze.
+        bases: Adapter folders folded into the base before this one, oldest first.
+        base_model: Name or folder of the base model, where an adapter folder told it.
+    """
+
+    config: LoraConfig
+    seed: int
+    trainable_before: tuple[str, ...] = ()
+    bases: tuple[str, ...] = ()
+    base_model: str | None = None
+
+
+def injected_roots(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules at or below ``model`` that carry a record of injection, by canonical name."""
+    return {name: module for name, module in canonical_modules(unwrap(model)) if RECORD in vars(module)}
+
+
+def record_of(root: nn.Module) -> Injected:
+    """The record of an injected root."""
+    return vars(root)[RECORD]
+
+
+def the_root(model: nn.Module) -> tuple[str, nn.Module]:
+    """The one injected root at or below ``model``.
+
+    Raises:
+        AdapterError: If there is none, or more than one.
+    """
+    roots = injected_roots(model)
+    if not roots:
+        raise AdapterError(
+            f"this {type(unwrap(model)).__name__} has no adapter: call inject_lora(model, LoraConfig(...)) or "
+            "load_adapter(model, folder) first"
+        )
+    if len(roots) > 1:
+        raise AdapterError(f"several adapted modules here, name one of them: {', '.join(map(repr, roots))}")
+    return next(iter(roots.items()))
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    """Adapted layers at or below ``model``, by canonical name."""
+    for name, module in canonical_modules(unwrap(model)):
+        if isinstance(module, LoraLayer):
+            yield name, module
+
+
+def trained_in_full(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, Tensor]]]:
+    """Modules whose own parameters train beside the adapter, with their values before: name, module, originals."""
+    for name, module in canonical_modules(unwrap(model)):
+        if ORIGINALS in vars(module):
+            yield name, module, vars(module)[ORIGINALS]
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers that belong to the adapter, by canonical name: low-rank ones and those trained in full."""
+    found: dict[str, Tensor] = {}
+    for name, layer in lora_layers(model):
+        found[_join(name, "lora_A")] = layer.lora_A
+        found[_join(name, "lora_B")] = layer.lora_B
+    for name, module, originals in trained_in_full(model):
+        found.update({_join(name, local): getattr(module, local) for local in originals})
+    return found
+
+
+def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapter's parameters that train, by canonical name (no wrapper's part in it)."""
+    tensors = adapter_tensors(model).items()
+    return {name: p for name, p in tensors if isinstance(p, nn.Parameter) and p.requires_grad}
+
+
+def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """All that is not the frozen base, by canonical name; the tensors are the model's own, not copies.
+
+    Inside an injected root these are the adapter's tensors and the running statistics of normalisation layers, which
+    move although nothing trains there; outside it (a LightningModule around a network), everything but frozen
+    parameters.
+
+    Raises:
+        AdapterError: If the model has no adapter.
+    """
+    return {name: value for name, (_, value) in _kept(model).items()}
+
+
+def load_lora_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Put back what :func:`lora_state_dict` gave, in place and as a whole.
+
+    Args:
+        model: An injected model, wrapped or not.
+        state: Tensors by canonical name.
+        source: What to call their origin in a message.
+
+    Raises:
+        AdapterError: If names or shapes differ; nothing has been changed then.
+    """
+    kept = _kept(model)
+    problems = differences({name: value for name, (_, value) in kept.items()}, state)
+    if problems:
+        raise AdapterError(f"{source} does not fit this model:" + "".join(f"\n  - {line}" for line in problems))
+    model.load_state_dict({kept[name][0]: value for name, value in state.items()}, strict=False)
+
+
+def differences(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    """Missing names, names that are too many, and shapes that differ, a line each."""
+    problems = []
+    for what, names in (("missing", expected.keys() - given.keys()), ("not expected", given.keys() - expected.keys())):
+        if names:
+            listed = sorted(names)
+            problems.append(f"{what}: {', '.join(listed[:4])}" + (f" and {len(listed) - 4} more" if listed[4:] else ""))
+    shapes = [
+        f"{name} is {tuple(given[name].shape)}, the model's is {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in given and isinstance(value, Tensor) and given[name].shape != value.shape
+    ]
+    return problems + shapes[:4] + ([f"{len(shapes) - 4} more shapes differ"] if shapes[4:] else [])
+
+
+def _kept(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
+    """Canonical name to (name in the model's own state dict, tensor) of all that is not the frozen base."""
+    roots = injected_roots(model)
+    if not roots:
+        the_root(model)  # raises, with what to do
+    own = adapter_tensors(model).keys()
+    moving = set(_running_statistics(model))
+    frozen = {canonical(name) for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    kept: dict[str, tuple[str, Tensor]] = {}
+    for key, value in model.state_dict().items():
+        name = canonical(key)
+        inside = any(root == "" or name.startswith(f"{root}.") for root in roots)
+        if name in own or name in moving or not (inside or name in frozen):
+            kept[name] = (key, value)
+    return kept
+
+
+def _running_statistics(model: nn.Module) -> Iterator[str]:
+    for name, module in canonical_modules(unwrap(model)):
+        if isinstance(module, _NormBase):
+            yield from (_join(name, local) for local, _ in module.named_buffers(recurse=False))
+
+
+def _join(prefix: str, local: str) -> str:
+    return f"{prefix}.{local}" if prefix else local
+
+
+def swap(module: nn.Module, local: str, value: Tensor) -> Tensor:
+    """Show another value under a parameter's or buffer's name; returns the value that was there."""
+    tensor: Tensor = getattr(module, local)
+    before = tensor.data
+    tensor.data = value.to(device=before.device, dtype=before.dtype)
+    return before
+
+
+@torch.no_grad()
+def copy_originals(module: nn.Module, names: list[str]) -> None:
+    """Keep the values that a module has now, on the CPU, as those of the base."""
+    vars(module)[ORIGINALS] = {name: getattr(module, name).detach().to("cpu", copy=True) for name in names}

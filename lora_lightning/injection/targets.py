@@ -1,0 +1,245 @@
+"""Which modules a config names: matching with PEFT's meanings, and help where a name matches nothing."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from lora_lightning.config import ALL_LINEAR, TASK_HEADS, LoraConfig
+from lora_lightning.errors import LoraConfigError, did_you_mean
+from lora_lightning.injection.names import canonical_modules
+from lora_lightning.layers import LoraLayer, is_linear, kind_of, why_not
+
+
+@dataclass(frozen=True)
+class Target:
+    """One layer to adapt."""
+
+    name: str
+    layer: nn.Module
+    r: int
+    lora_alpha: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What injection is about to do: layers to adapt, and modules to train in full (by name below the root)."""
+
+    targets: list[Target]
+    in_full: dict[str, nn.Module]
+
+
+def matches(names: str | list[str], name: str) -> bool:
+    """Whether a module name is meant: the whole of a regular expression, or equal to or ending in a list's entry.
+
+    >>> matches(["q_proj"], "layers.0.q_proj"), matches(["q_proj"], "layers.0.my_q_proj")
+    (True, False)
+    >>> matches(r".*\\.(q|v)_proj", "layers.0.v_proj")
+    True
+    """
+    if isinstance(names, str):
+        return re.fullmatch(names, name) is not None
+    return any(name == entry or name.endswith(f".{entry}") for entry in names)
+
+
+def pattern_value(patterns: dict[str, float], name: str, default: float) -> float:
+    """The value of the first key that matches the end of a name, or the default.
+
+    >>> pattern_value({"q_proj": 4, r"layers\\.1\\..*": 2}, "layers.1.v_proj", 8)
+    2
+    """
+    key = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
+    return default if key is None else patterns[key]
+
+
+def resolve(root: nn.Module, config: LoraConfig, outside: nn.Module | None = None) -> Plan:
+    """Find everything a config names below a root, or say all that was not found.
+
+    Args:
+        root: What names are relative to.
+        config: The config.
+        outside: The module around the root; ``modules_to_save`` that the root lacks are looked for there.
+
+    Raises:
+        LoraConfigError: A name that matches nothing, or a match that cannot be adapted.
+    """
+    modules = dict(canonical_modules(root))
+    problems: list[str] = []
+    in_full = _modules_in_full(modules, config, {} if outside is None else dict(canonical_modules(outside)), problems)
+    inside_full = {id(part) for module in in_full.values() for part in module.modules()}
+    meant = _meant(root, modules, config, problems)
+    chosen: dict[str, nn.Module] = {}
+    for name in _without_attention_children(meant, modules):
+        layer = modules[name]
+        if id(layer) in inside_full or any(layer is other for other in chosen.values()):
+            continue
+        if not isinstance(layer, LoraLayer) and (reason := why_not(layer)) is not None:
+            problems.append(f"{name or 'the model'} cannot be adapted: {reason}")
+        chosen[name] = layer
+    if not chosen and not problems:
+        problems.append(
+            f"target_modules={config.target_modules!r} leaves no layer to adapt. {_candidates(modules, is_linear)}"
+        )
+    if problems:
+        raise LoraConfigError("The LoRA config does not fit this model:" + "".join(f"\n  - {p}" for p in problems))
+    _warn_unused(chosen, modules, config)
+    targets = [
+        Target(
+            name,
+            layer,
+            int(pattern_value(config.rank_pattern, name, config.r)),
+            pattern_value(config.alpha_pattern, name, config.lora_alpha),
+        )
+        for name, layer in chosen.items()
+    ]
+    _warn_wide(targets)
+    return Plan(targets, in_full)
+
+
+def _meant(root: nn.Module, modules: dict[str, nn.Module], config: LoraConfig, problems: list[str]) -> list[str]:
+    """Names that ``target_modules`` means, less ``exclude_modules`` and other layers than ``layers_to_transform``."""
+    excluded = config.exclude_modules or []
+    names = [name for name in modules if not (excluded and matches(excluded, name))]
+    if config.target_modules == ALL_LINEAR:
+        heads = _heads(root, config)
+        return [name for name in names if is_linear(modules[name]) and modules[name] not in heads]
+    wanted = config.target_modules
+    found = [name for name in names if matches(wanted, name)]
+    for entry in [wanted] if isinstance(wanted, str) else wanted:
+        of_entry = [name for name in found if matches(entry if isinstance(wanted, str) else [entry], name)]
+        if not any(kind_of(modules[name]) for name in of_entry):
+            problems.append(_no_match("target_modules", entry, of_entry, modules))
+    supported = [name for name in found if kind_of(modules[name])]
+    problems += [
+        f"{name} is a {type(modules[name]).__name__}, a kind of layer that cannot be adapted here; leave it out of "
+        "target_modules (or name it in modules_to_save, to train it in full)"
+        for name in found
+        if name not in supported and any(True for _ in modules[name].parameters(recurse=False))
+    ]
+    return _of_layers(supported, config, problems)
+
+
+def _of_layers(names: list[str], config: LoraConfig, problems: list[str]) -> list[str]:
+    """Those names whose layer number is asked for: the number behind ``layers_pattern``, or the first in the name."""
+    chosen = config.layers_to_transform
+    if chosen is None or chosen == []:
+        return names
+    wanted = {chosen} if isinstance(chosen, int) else set(chosen)
+    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    found = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns or []] or [r".*?\.[^.]*\.(\d+)\."]
+    numbers: dict[str, int] = {}
+    for name in names:
+        hit = next((hit for pattern in found if (hit := re.match(pattern, name))), None)
+        if hit:
+            numbers[name] = int(hit.group(1))
+    if missing := sorted(wanted - set(numbers.values())):
+        there = sorted(set(numbers.values()))
+        seen = f"layers {there[0]} to {there[-1]} have targets" if there else "no target's name has a layer number"
+        problems.append(f"layers_to_transform: no target in layer {', '.join(map(str, missing))}; {seen}")
+    return [name for name in names if numbers.get(name) in wanted]
+
+
+def _heads(root: nn.Module, config: LoraConfig) -> list[nn.Module]:
+    """What ``"all-linear"`` leaves out: the output embedding, or the head that the task type trains in full."""
+    head = root.get_output_embeddings() if callable(getattr(root, "get_output_embeddings", None)) else None
+    if head is not None:
+        return [head]
+    named = (getattr(root, name, None) for name in TASK_HEADS.get(config.task_type or "", ()))
+    return [part for module in named if isinstance(module, nn.Module) for part in module.modules()]
+
+
+def _modules_in_full(
+    modules: dict[str, nn.Module], config: LoraConfig, outside: dict[str, nn.Module], problems: list[str]
+) -> dict[str, nn.Module]:
+    found: dict[str, nn.Module] = {}
+    for entry in config.modules_to_save or []:
+        hits = {name: module for name, module in modules.items() if name and matches([entry], name)}
+        hits = hits or {name: module for name, module in outside.items() if name and matches([entry], name)}
+        if not hits:
+            problems.append(_no_match("modules_to_save", entry, [], {**outside, **modules}, kinds=None))
+        found.update(hits)
+    for entry in TASK_HEADS.get(config.task_type or "", ()):
+        found.update({name: module for name, module in modules.items() if name and matches([entry], name)})
+    return found
+
+
+def _without_attention_children(names: Iterable[str], modules: dict[str, nn.Module]) -> list[str]:
+    """Leave out what ``nn.MultiheadAttention`` reads without calling: an adapter there would get no gradient."""
+    parents = {name for name, module in modules.items() if isinstance(module, nn.MultiheadAttention)}
+    names = list(names)
+    skipped = [name for name in names if name.rpartition(".")[0] in parents]
+    if skipped:
+        warnings.warn(
+            f"not adapted: {_some(skipped)} inside nn.MultiheadAttention, which reads the weight and never calls the "
+            "layer, so that an adapter there would do nothing",
+            stacklevel=2,
+        )
+    return [name for name in names if name not in skipped]
+
+
+def _no_match(
+    field: str,
+    entry: str,
+    hits: list[str],
+    modules: dict[str, nn.Module],
+    kinds: Callable[[nn.Module], object] | None = kind_of,
+) -> str:
+    if hits:
+        kind = type(modules[hits[0]]).__name__
+        return f"{field}: {entry!r} matches only {_some(hits)} ({kind}), no layer of a kind that can be adapted"
+    leaves = sorted({name.rpartition(".")[2] for name in modules if name and not name.rpartition(".")[2].isdigit()})
+    return f"{field}: {entry!r} matches nothing{did_you_mean(entry, leaves)}. {_candidates(modules, kinds)}"
+
+
+def _candidates(modules: dict[str, nn.Module], kinds: Callable[[nn.Module], object] | None) -> str:
+    if kinds is None:
+        top = [name for name in modules if name and name.count(".") <= 1]
+        return f"Modules at the top of this model: {', '.join(top[:12]) or 'none'}"
+    counts = Counter(name.rpartition(".")[2] for name, module in modules.items() if name and kinds(module))
+    listed = ", ".join(f"{name} (×{count})" for name, count in counts.most_common(12))
+    return f"Layers in this model that can be adapted: {listed or 'none'}"
+
+
+def _warn_unused(chosen: dict[str, nn.Module], modules: dict[str, nn.Module], config: LoraConfig) -> None:
+    unused = [
+        f"{field}[{key!r}]"
+        for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern))
+        for key in patterns
+        if not any(re.match(rf"(.*\.)?({key})$", name) for name in chosen)
+    ]
+    excluded = config.exclude_modules or []
+    for entry in [excluded] if isinstance(excluded, str) else excluded:
+        if not any(matches(entry if isinstance(excluded, str) else [entry], name) for name in modules):
+            unused.append(f"exclude_modules {entry!r}")
+    if unused:
+        warnings.warn(f"matches no layer and has no effect: {', '.join(unused)}", stacklevel=3)
+    if config.fan_in_fan_out and not any(_stored_transposed(layer) for layer in chosen.values()):
+        warnings.warn("fan_in_fan_out=True has no effect: no adapted layer stores its weight (in, out)", stacklevel=3)
+
+
+def _stored_transposed(layer: nn.Module) -> bool:
+    kind = kind_of(layer)
+    return kind is not None and kind.lora_kind == "Conv1D"
+
+
+def _warn_wide(targets: list[Target]) -> None:
+    wide = []
+    for target in targets:
+        kind = kind_of(target.layer)
+        if kind is not None and target.r > min(sides := kind.lora_sides(target.layer)):
+            wide.append(f"{target.name} ({sides[0]} to {sides[1]}, r={target.r})")
+    if wide:
+        warnings.warn(
+            f"rank larger than the layer's smaller side, which adds parameters and no capacity: {_some(wide)}",
+            stacklevel=3,
+        )
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

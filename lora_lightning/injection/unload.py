@@ -1,0 +1,97 @@
+"""The way back: the base model for a while, or for good."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from lora_lightning.errors import AdapterError
+from lora_lightning.injection.state import (
+    ORIGINALS,
+    RECORD,
+    injected_roots,
+    lora_layers,
+    record_of,
+    swap,
+    the_root,
+    trained_in_full,
+)
+from lora_lightning.layers import plain_class, restore
+
+FAST_PATH = "_lora_fast_path"
+
+
+@contextlib.contextmanager
+def lora_disabled(model: nn.Module) -> Iterator[None]:
+    """The base model's outputs inside the ``with`` block; adapters and modules trained in full as before after it.
+
+    Useful as a reference model without a second copy. Nothing may be trained inside the block.
+
+    Raises:
+        AdapterError: If the model has no adapter.
+    """
+    if not injected_roots(model):
+        the_root(model)  # raises, with what to do
+    layers = [layer for _, layer in lora_layers(model) if layer.lora_enabled]
+    trained = [
+        (module, local, swap(module, local, value))
+        for _, module, originals in trained_in_full(model)
+        for local, value in originals.items()
+    ]
+    for layer in layers:
+        layer.lora_enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.lora_enabled = True
+        for module, local, value in trained:
+            swap(module, local, value)
+
+
+def unload_lora(model: nn.Module) -> None:
+    """Take the adapter off: the base model again, bit for bit, its parameters trainable as they were.
+
+    Modules trained in full get the values back that they had at injection.
+
+    Raises:
+        AdapterError: If the model has no adapter, or a layer's class was changed since; nothing is changed then.
+    """
+    if not injected_roots(model):
+        the_root(model)  # raises, with what to do
+    trained = [(module, originals) for _, module, originals in trained_in_full(model)]
+    remove_adapter(model)
+    with torch.no_grad():
+        for module, originals in trained:
+            for local, value in originals.items():
+                getattr(module, local).copy_(value)
+
+
+def remove_adapter(model: nn.Module) -> None:
+    """Make adapted layers plain and clear every trace; values of base parameters stay as they are now.
+
+    Raises:
+        AdapterError: If a layer's class was changed since injection; nothing is changed then.
+    """
+    layers = dict(lora_layers(model))
+    for name, layer in layers.items():
+        if plain_class(layer) is None:  # type: ignore[arg-type]  # an adapted layer is a module
+            raise AdapterError(
+                f"{name} cannot be made plain again: its class is {type(layer).__name__} now, which is not one that "
+                "injection gave it (fully_shard changes classes too). Take off what changed it first, or load the "
+                "saved adapter into a fresh model"
+            )
+    for layer in layers.values():
+        restore(layer)  # type: ignore[arg-type]
+    for module in model.modules():
+        vars(module).pop(ORIGINALS, None)
+        if FAST_PATH in vars(module):
+            module.activation_relu_or_gelu = vars(module).pop(FAST_PATH)
+    for root in injected_roots(model).values():
+        trainable = set(record_of(root).trainable_before)
+        for name, parameter in root.named_parameters():
+            parameter.requires_grad_(name in trainable)
+        del vars(root)[RECORD]

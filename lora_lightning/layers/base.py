@@ -1,0 +1,75 @@
+"""What every adapted layer has in common: the adapter's parameters beside the base's, and a switch."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class LoraLayer:
+    """Mixin of every adapted layer: a layer that kept its identity and got ``lora_A`` and ``lora_B`` of its own.
+
+    The update of the weight is ``s · B A`` with ``lora_A`` of shape ``(r, in)`` and ``lora_B`` of shape ``(out, r)``.
+    A layer of this kind is made from a plain one by :func:`lora_lightning.layers.adapt`, which changes its class in
+    place, and made plain again by :func:`lora_lightning.layers.restore`. ``torch.fx`` and TorchScript cannot follow a
+    changed class: merge the adapter first.
+
+    Attributes:
+        lora_A: ``(r, in)``.
+        lora_B: ``(out, r)``.
+        lora_r: The rank.
+        lora_alpha: Numerator of the scale.
+        lora_scaling: The scale ``s``.
+        lora_dropout: Probability of dropping an input of ``A`` while the layer is in train mode.
+        lora_enabled: False gives the base layer's output.
+    """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_r: int
+    lora_alpha: float
+    lora_scaling: float
+    lora_dropout: float
+    lora_enabled: bool
+    lora_kind: ClassVar[str]
+    lora_base_class: ClassVar[type[nn.Module]]
+
+    @staticmethod
+    def lora_sides(layer: nn.Module) -> tuple[int, int]:
+        """``(in, out)`` of a plain or adapted layer of this kind, from its attributes rather than its weight.
+
+        A sharding engine may leave the weight empty.
+        """
+        raise NotImplementedError
+
+    def lora_delta(self, x: Tensor) -> Tensor:
+        """What the adapter adds to the base layer's output for the input ``x``."""
+        raise NotImplementedError
+
+    def lora_weight_delta(self) -> Tensor:
+        """``s · B A`` in the shape of the base weight, in the adapter's dtype."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output plus the adapter's, whatever the base class does with ``x``."""
+        out = super().forward(x, *args, **kwargs)  # type: ignore[misc]  # nn.Module comes later in the order of bases
+        return out + self.lora_delta(x).to(out.dtype) if self.lora_enabled else out
+
+    def extra_repr(self) -> str:
+        """The base layer's description with rank and scale behind it."""
+        return f"{super().extra_repr()}, r={self.lora_r}, scaling={self.lora_scaling:g}"  # type: ignore[misc]
+
+    @property
+    def _active_dropout(self) -> float:
+        return self.lora_dropout if self.training else 0.0  # type: ignore[attr-defined]
+
+
+def adapter_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of adapters beside a weight: float32 where the base is of half precision or quantised, else the same.
+
+    Small steps in a half-precision parameter round to nothing, so the trained copy is a full one; the arithmetic is
+    done in the input's dtype all the same.
+    """
+    return weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32

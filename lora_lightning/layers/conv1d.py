@@ -1,0 +1,42 @@
+"""Adapted ``Conv1D`` of transformers (GPT-2's linear layer, whose weight is stored ``(in, out)``).
+
+This module imports transformers, so it is imported only once a model with such a layer is at hand.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_lightning.layers.functional import lora_linear
+from lora_lightning.layers.linear import LoraOverLinear
+
+
+class LoraOverConv1D(LoraOverLinear):
+    """Adapter over a subclass of ``Conv1D`` that has a forward of its own."""
+
+    lora_kind = "Conv1D"
+    lora_base_class = Conv1D
+
+    @staticmethod
+    def lora_sides(layer: nn.Module) -> tuple[int, int]:
+        """``(nx, nf)``: read from ``nf`` and the weight, which is all that older versions of the class keep."""
+        conv = cast("Conv1D", layer)
+        return getattr(conv, "nx", conv.weight.shape[0]), conv.nf
+
+    def lora_weight_delta(self) -> Tensor:
+        """``s · (B A)ᵀ``: ``(in, out)``."""
+        return super().lora_weight_delta().t()
+
+
+class LoraConv1D(LoraOverConv1D, Conv1D):
+    """``Conv1D`` with a low-rank update, ``y = x W + b + s · (drop(x) Aᵀ) Bᵀ``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., in) -> (..., out)``."""
+        if not self.lora_enabled:
+            return Conv1D.forward(self, x)
+        dropout = self._active_dropout
+        return lora_linear(x, self.weight.t(), self.bias, self.lora_A, self.lora_B, self.lora_scaling, dropout)
