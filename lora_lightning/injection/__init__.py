@@ -1,6 +1,6 @@
 """Putting adapters into a model and taking them out again; a model is a tree of modules here, nothing more."""
 
-from lora_lightning.injection.inject import freeze_base, inject_lora, report_of
+from lora_lightning.injection.inject import check_config, freeze_base, inject_lora, report_of
 from lora_lightning.injection.report import LoraReport, LoraRow
 from lora_lightning.injection.state import lora_parameters, lora_state_dict
 from lora_lightning.injection.unload import lora_disabled, unload_lora
@@ -8,6 +8,7 @@ from lora_lightning.injection.unload import lora_disabled, unload_lora
 __all__ = [
     "LoraReport",
     "LoraRow",
+    "check_config",
     "freeze_base",
     "inject_lora",
     "lora_disabled",

@@ -75,6 +75,12 @@ def inject_lora(model: nn.Module, config: LoraConfig | Mapping[str, Any], *, see
     return report_of(model, heads)
 
 
+def check_config(model: nn.Module, config: LoraConfig) -> None:
+    """Raise the :class:`LoraConfigError` that injecting a config would raise for its names, changing nothing."""
+    model = unwrap(model)
+    resolve(find_root(model)[1], config, outside=model)
+
+
 def freeze_base(model: nn.Module) -> None:
     """Let the adapter's parameters train and nothing else in the model."""
     model = unwrap(model)

@@ -28,6 +28,7 @@ class Injected:
         trainable_before: Names, below the root, of parameters that injection froze.
         bases: Adapter folders folded into the base before this one, oldest first.
         base_model: Name or folder of the base model, where an adapter folder told it.
+        source: Adapter folder whose values were loaded, to go on from.
     """
 
     config: LoraConfig
@@ -35,6 +36,7 @@ class Injected:
     trainable_before: tuple[str, ...] = ()
     bases: tuple[str, ...] = ()
     base_model: str | None = None
+    source: str | None = None
 
 
 def injected_roots(model: nn.Module) -> dict[str, nn.Module]:

@@ -1,0 +1,363 @@
+"""LoRA for a Lightning Trainer: one callback that injects, freezes, filters, and saves adapters only."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+from torch.optim import Optimizer
+
+from lora_lightning.adapters import load_adapter, merge_lora, read_config, read_record, save_adapter
+from lora_lightning.adapters.checkpoint import adapter_from_checkpoint, checkpoint_entry
+from lora_lightning.adapters.folder import WEIGHTS_FILE
+from lora_lightning.config import LoraConfig
+from lora_lightning.errors import AdapterError, LoraConfigError, did_you_mean
+from lora_lightning.injection import LoraReport, check_config, freeze_base, inject_lora, lora_parameters, report_of
+from lora_lightning.injection.state import injected_roots, lora_layers, record_of, the_root, trained_in_full
+from lora_lightning.optim import keep_trainable
+from lora_lightning.strategies import PlainState, rng, state_for
+
+_STATE = "_lora_state"
+
+
+def balanced() -> LoraConfig:
+    """The config of a ``LoraCallback()`` without one: r=16, alpha 32, all linear layers, dropout 0.05."""
+    return LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05)
+
+
+class LoraCallback(pl.Callback):
+    """Trains a LightningModule's network with LoRA.
+
+    At ``setup`` (for a network built in ``LightningModule.setup`` or ``configure_model``: right after it) the layers
+    that the config names get an adapter and everything else is frozen. Optimizers see what trains, checkpoints hold
+    it and nothing of the base, and at the end of ``fit`` an adapter folder that PEFT reads lies in
+    ``<trainer.log_dir>/adapter``, with another beside the best checkpoint.
+
+    Args:
+        config: A :class:`LoraConfig` or a mapping of its fields. None is the balanced pattern (r=16, alpha 32, all
+            linear layers, dropout 0.05), or what ``adapter`` or an injected model has already.
+        adapter: Folder of a saved adapter to go on training (PEFT's too).
+        base_adapter: Folder of a saved adapter to fold into the base before a new one is trained.
+        module: Attribute of the LightningModule to inject below; nothing outside it is touched.
+        name: The adapter's name; two callbacks of one trainer need two.
+        on_nonfinite: What to do when gradients are not finite: ``"stop"`` with an error, or ``"skip"`` the step.
+
+    Attributes:
+        report: What was injected, a :class:`LoraReport`, once ``setup`` has run.
+        adapter_path: Where the adapter folder was written, after ``fit``.
+        best_adapter_path: Where that of the best checkpoint was written, after ``fit``, or None.
+
+    Raises:
+        LoraConfigError: If an argument is wrong.
+    """
+
+    def __init__(
+        self,
+        config: LoraConfig | dict[str, Any] | None = None,
+        *,
+        adapter: str | os.PathLike[str] | None = None,
+        base_adapter: str | os.PathLike[str] | None = None,
+        module: str | None = None,
+        name: str = "default",
+        on_nonfinite: Literal["stop", "skip"] = "stop",
+    ) -> None:
+        super().__init__()
+        if isinstance(config, Mapping):
+            config = LoraConfig.from_dict(config)
+        if config is not None and not isinstance(config, LoraConfig):
+            raise LoraConfigError(f"config must be a LoraConfig or a mapping of its fields, got {config!r}")
+        if on_nonfinite not in ("stop", "skip"):
+            raise LoraConfigError(f"on_nonfinite must be 'stop' or 'skip', got {on_nonfinite!r}")
+        if not name or name != Path(name).name:
+            raise LoraConfigError(f"name must be usable as a folder's name, got {name!r}")
+        self.config = config
+        self.adapter = None if adapter is None else os.fspath(adapter)
+        self.base_adapter = None if base_adapter is None else os.fspath(base_adapter)
+        self.module = module
+        self.name = name
+        self.on_nonfinite = on_nonfinite
+        self.report: LoraReport | None = None
+        self.adapter_path: Path | None = None
+        self.best_adapter_path: Path | None = None
+        self._entry: dict[str, Any] | None = None
+        self._logged = False
+
+    @property
+    def state_key(self) -> str:
+        """Tells adapters of one trainer apart."""
+        return f"LoraCallback[{self.name}]"
+
+    # ---- injection
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Inject where the layers are there already, and take the places that later steps pass."""
+        _check_trainer(trainer)
+        state = _state_of(trainer)
+        state.rng = None
+        state.attach(functools.partial(_entries, trainer, pl_module))
+        pending = is_overridden("configure_model", pl_module)
+        if not pending:
+            try:
+                self._inject(trainer, pl_module)
+            except LoraConfigError:
+                if not is_overridden("setup", pl_module):
+                    raise
+                # The network may be built in LightningModule.setup, which runs next; after it errors count.
+        _wrap(pl_module, "configure_model", _configure_model, self)
+        if stage == "fit":
+            _wrap(pl_module, "configure_optimizers", _configure_optimizers, self)
+
+    def _inject(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        target = self._target(pl_module)
+        fresh = not injected_roots(target)
+        config = self._config_for(target, pl_module)
+        if fresh and self.base_adapter is not None:
+            check_config(target, config)  # before the base is changed
+            _fold_in(target, self.base_adapter)
+        report = inject_lora(target, config)
+        if fresh and self.base_adapter is not None:
+            record_of(the_root(target)[1]).bases = _chain(self.base_adapter)
+        if self.adapter is not None:
+            self._load_adapter(target)
+        if fresh or self.report is None:
+            self._entry = None
+            self._tell(report)
+        self.report = report_of(pl_module, report.frozen_heads or (self.report.frozen_heads if self.report else ()))
+        if not self._logged:
+            self._logged = True
+            for logger in trainer.loggers:
+                logger.log_hyperparams(self.report.facts())
+
+    def _target(self, pl_module: pl.LightningModule) -> nn.Module:
+        if self.module is None:
+            return pl_module
+        try:
+            return pl_module.get_submodule(self.module)
+        except AttributeError:
+            names = [name for name, _ in pl_module.named_modules() if name and name.count(".") < 2]
+            raise LoraConfigError(
+                f"module={self.module!r}: {type(pl_module).__name__} has no such attribute"
+                f"{did_you_mean(self.module, names)}. It has {', '.join(names[:12]) or 'no modules'}"
+            ) from None
+
+    def _config_for(self, target: nn.Module, pl_module: pl.LightningModule) -> LoraConfig:
+        """The config to inject: ours, that of ``adapter``, that of the injected model, or the balanced one."""
+        earlier = injected_roots(target)
+        if self.config is None and earlier:
+            return record_of(next(iter(earlier.values()))).config
+        config = self.config
+        if config is None:
+            config = balanced() if self.adapter is None else read_config(target, self.adapter)
+        task = getattr(pl_module, "lora_task_type", None)
+        if task is not None and config.task_type not in (None, task):
+            raise LoraConfigError(
+                f"task_type={config.task_type!r} contradicts {type(pl_module).__name__}, which trains {task!r}: "
+                f"leave task_type out, or choose the task that goes with it"
+            )
+        if task is not None and config.task_type is None:
+            config = LoraConfig.from_dict(config.to_dict() | {"task_type": task})
+        return config
+
+    def _load_adapter(self, target: nn.Module) -> None:
+        record = record_of(the_root(target)[1])
+        if record.source == self.adapter:
+            return
+        load_adapter(target, self.adapter or "", trainable=True)
+        record.source = self.adapter
+
+    def _tell(self, report: LoraReport) -> None:
+        rank_zero_info(report.line())
+        if report.frozen_heads:
+            rank_zero_info(
+                f"LoRA froze {', '.join(report.frozen_heads)}, which was trainable and looks new; to train it in full "
+                f"and save it with the adapter: modules_to_save={list(report.frozen_heads)!r}"
+            )
+
+    # ---- training
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put adapted layers into train mode (a pretrained model comes in eval mode), and random states back."""
+        target = self._target(pl_module)
+        asleep = 0
+        for _, layer in lora_layers(target):
+            asleep += not layer.training  # type: ignore[attr-defined]  # an adapted layer is a module
+            layer.training = True  # type: ignore[attr-defined]
+        for _, module, _ in trained_in_full(target):
+            module.training = True
+        if asleep and any(layer.lora_dropout for _, layer in lora_layers(target)):
+            rank_zero_info(f"{asleep} LoRA layers were in eval mode; put in train mode, so that lora_dropout is in force")
+        # Restored before the first iterator is made, which draws from them as the next epoch's would have.
+        if (state := _state_of(trainer).rng) is not None:
+            rng.restore(state)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Within an epoch, an uninterrupted run would not have made an iterator here: undo what that has drawn."""
+        state = _state_of(trainer)
+        if state.rng is not None and trainer.fit_loop.restarted_mid_epoch:
+            rng.restore(state.rng)
+        state.rng = None
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+        """Stop at, or skip, a step whose gradients are not finite (a loss scaler does so by itself)."""
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+            return
+        named = {name: p for name, p in lora_parameters(self._target(pl_module)).items() if p.grad is not None}
+        grads = [p.grad for p in named.values() if p.grad is not None]
+        if not grads or bool(torch.stack([n.to(grads[0].device) for n in torch._foreach_norm(grads)]).isfinite().all()):
+            return
+        bad = [name for name, p in named.items() if p.grad is not None and not p.grad.isfinite().all()]
+        where = f"step {trainer.global_step}: gradients are not finite in {len(bad)} adapter tensors, first {bad[0]}"
+        if self.on_nonfinite == "stop":
+            raise AdapterError(
+                f"{where}. The adapter is as it was before this step. Lower the learning rate or the scale, or set "
+                "on_nonfinite='skip' to pass over such steps"
+            )
+        rank_zero_warn(f"{where}; the step is skipped")
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+    # ---- what stays
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the adapter folders."""
+        folder = trainer.log_dir or trainer.default_root_dir  # log_dir talks to all ranks: ask before they part
+        if trainer.fast_dev_run or not trainer.is_global_zero:
+            return
+        place = Path(folder) / "adapter"
+        place = _free(place if self.name == "default" else place / self.name)
+        self.adapter_path = save_adapter(self._target(pl_module), place)
+        _save_tokenizer(trainer, pl_module, place)
+        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        if best and Path(best).is_file():
+            suffix = "" if self.name == "default" else f"-{self.name}"
+            beside = _free(Path(best).with_name(f"{Path(best).stem}-adapter{suffix}"))
+            self.best_adapter_path = adapter_from_checkpoint(best, beside, name=self.name)
+            _save_tokenizer(trainer, pl_module, beside)
+        rank_zero_info(f"LoRA adapter saved to {place}")
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give the module's hooks back."""
+        _unwrap(pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Give the module's hooks back."""
+        _unwrap(pl_module)
+
+    def checkpoint_entry(self, pl_module: pl.LightningModule) -> dict[str, Any]:
+        """What a checkpoint says of this adapter; made once, since nothing in it moves while training."""
+        if self._entry is None:
+            self._entry = checkpoint_entry(pl_module, self.module)
+        return self._entry
+
+
+def _check_trainer(trainer: Any) -> None:
+    if not isinstance(trainer, pl.Trainer):
+        raise LoraConfigError(
+            f"this Trainer comes from {type(trainer).__module__.partition('.')[0]}, LoraCallback from "
+            "lightning.pytorch, and the two do not mix: write `from lightning.pytorch import Trainer` (and "
+            "LightningModule)"
+        )
+    names = [callback.name for callback in _callbacks(trainer)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise LoraConfigError(
+            f"two LoraCallbacks have the name {twice[0]!r}: give each its own name=, and its own module= to inject below"
+        )
+
+
+def _callbacks(trainer: pl.Trainer) -> list[LoraCallback]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, LoraCallback)]  # type: ignore[attr-defined]
+
+
+def _entries(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, dict[str, Any]]:
+    return {callback.name: callback.checkpoint_entry(pl_module) for callback in _callbacks(trainer)}
+
+
+def _state_of(trainer: pl.Trainer) -> PlainState:
+    """The one object that saves and loads for a trainer, made at its first callback's setup."""
+    known = vars(trainer.strategy)
+    if _STATE not in known:
+        known[_STATE] = state_for(trainer.strategy)
+    return known[_STATE]
+
+
+def _fold_in(target: nn.Module, folder: str) -> None:
+    load_adapter(target, folder)
+    merge_lora(target)
+    target.requires_grad_(True)
+
+
+def _chain(folder: str) -> tuple[str, ...]:
+    return (*read_record(folder).get("bases", ()), folder)
+
+
+def _free(path: Path) -> Path:
+    """The path, or the first of ``path-2``, ``path-3`` … that holds no adapter: nothing is written over."""
+    taken, number = path, 1
+    while (path / WEIGHTS_FILE).exists():
+        number += 1
+        path = taken.with_name(f"{taken.name}-{number}")
+    if path != taken:
+        warnings.warn(f"{taken} holds an adapter already; this one goes to {path}", stacklevel=3)
+    return path
+
+
+def _save_tokenizer(trainer: pl.Trainer, pl_module: pl.LightningModule, folder: Path) -> None:
+    for owner in (pl_module, getattr(trainer, "datamodule", None)):
+        tokenizer = getattr(owner, "tokenizer", None)
+        if hasattr(tokenizer, "save_pretrained"):
+            tokenizer.save_pretrained(folder)
+            return
+
+
+# ---- hooks of the module that injection has to come after, or optimizers through
+
+# Partials of module-level functions: they pickle and deep-copy with the module (callbacks that average weights copy
+# it), and Lightning sees through them whether a hook is overridden.
+
+
+def _wrap(pl_module: pl.LightningModule, hook: str, function: Any, *args: Any) -> None:
+    previous = vars(pl_module).get(hook)
+    wrapper = functools.partial(function, *args, pl_module, previous)
+    vars(pl_module)[hook] = wrapper
+
+
+def _unwrap(pl_module: pl.LightningModule, *hooks: str) -> None:
+    for hook in hooks or ("configure_model", "configure_optimizers"):
+        while isinstance(wrapper := vars(pl_module).get(hook), functools.partial) and wrapper.func in _WRAPPERS:
+            previous = wrapper.args[-1]
+            if previous is None:
+                del vars(pl_module)[hook]
+            else:
+                vars(pl_module)[hook] = previous
+
+
+def _call(pl_module: pl.LightningModule, hook: str, previous: Any) -> Any:
+    # The class's own hook is looked up anew: a bound method kept here would tie a deep copy to the original.
+    return previous() if previous is not None else getattr(type(pl_module), hook)(pl_module)
+
+
+def _configure_model(callback: LoraCallback, pl_module: pl.LightningModule, previous: Any) -> None:
+    _call(pl_module, "configure_model", previous)
+    callback._inject(pl_module.trainer, pl_module)
+    # Taken off at once: a strategy that demands an overridden configure_model is to see the module's own.
+    if isinstance(vars(pl_module).get("configure_model"), functools.partial):
+        _unwrap(pl_module, "configure_model")
+
+
+def _configure_optimizers(callback: LoraCallback, pl_module: pl.LightningModule, previous: Any) -> Any:
+    freeze_base(callback._target(pl_module))  # parallel plans may have made parameters trainable since
+    configured = _call(pl_module, "configure_optimizers", previous)
+    return keep_trainable(configured, lora_parameters(callback._target(pl_module)))
+
+
+_WRAPPERS = (_configure_model, _configure_optimizers)

@@ -1,0 +1,50 @@
+"""The state of the random number generators, as tensors and numbers that a checkpoint may hold."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+def capture() -> dict[str, Any]:
+    """The states of Python's, NumPy's, torch's and each CUDA device's generator in this process."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002  # the global state is what is asked
+    version, internal, gauss = random.getstate()
+    state = {
+        "python": [version, list(internal), gauss],
+        "numpy": [str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def restore(state: dict[str, Any]) -> None:
+    """Set the generators to a state that :func:`capture` gave."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    torch.set_rng_state(state["torch"].cpu())
+    if "cuda" in state and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
+
+
+def gather() -> list[dict[str, Any]]:
+    """Every rank's states in order of rank, on every rank; call it on all of them."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [capture()]
+    states: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(states, capture())
+    return states
+
+
+def of_this_rank(states: list[dict[str, Any]] | None) -> dict[str, Any] | None:
+    """This rank's states, or None where the checkpoint comes from another number of processes."""
+    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_available() and dist.is_initialized() else (1, 0)
+    return states[rank] if states and len(states) == world else None
