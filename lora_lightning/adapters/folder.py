@@ -11,7 +11,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trainable:
     config, weights = read_config(model, folder), _read_weights(folder)
     fresh = not injected_roots(model)
     if fresh:
-        inject_lora(model, config, seed=0)
+        inject_lora(model, _with_outside(config, folder, model), seed=0)
     try:
         prefix, root = the_root(model)
         names = {key: _join(prefix, name) for name, key in peft_names(root).items()}
@@ -229,6 +229,16 @@ def _read_outside(folder: Path, model: nn.Module) -> dict[str, Tensor]:
             stacklevel=3,
         )
     return {name: value for name, value in tensors.items() if name in known}
+
+
+def _with_outside(config: LoraConfig, folder: Path, model: nn.Module) -> LoraConfig:
+    """The config with the modules around the root that the folder has values for, where ``model`` has them."""
+    path = folder / OUTSIDE_FILE
+    if not path.is_file():
+        return config
+    owners = {name.rpartition(".")[0] for name in _read_tensors(path)}
+    found = sorted(owners & {name for name, _ in model.named_modules() if name})
+    return replace(config, modules_to_save=[*(config.modules_to_save or []), *found]) if found else config
 
 
 def _check_fit(root: nn.Module, config: LoraConfig, given: Mapping[str, Tensor], own: set[str], folder: Path) -> None:

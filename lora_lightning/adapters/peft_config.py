@@ -33,17 +33,10 @@ def to_peft_config(root: nn.Module) -> dict[str, Any]:
         values["layers_to_transform"] = values["layers_pattern"] = None
     elif isinstance(values["target_modules"], list):
         values["target_modules"] = sorted(values["target_modules"])
-    heads = [
-        name
-        for entry in TASK_HEADS.get(record.config.task_type or "", ())
-        for name, _ in canonical_modules(root)
-        if name and matches([entry], name)
-    ]
-    in_root = {name for name, _ in canonical_modules(root)}
-    saved = [
-        entry for entry in values["modules_to_save"] or [] if any(name and matches([entry], name) for name in in_root)
-    ]
-    values["modules_to_save"] = sorted({*saved, *heads}) or None
+    names = [name for name, _ in canonical_modules(root) if name]
+    wanted = [*(values["modules_to_save"] or []), *TASK_HEADS.get(record.config.task_type or "", ())]
+    found = [entry for entry in wanted if any(matches([entry], name) for name in names)]
+    values["modules_to_save"] = sorted(set(_unmistakable(found, names))) or None
     values["fan_in_fan_out"] = any(layer.lora_kind == "Conv1D" for _, layer in lora_layers(root))
     values["lora_alpha"] = _whole(values["lora_alpha"])
     values["alpha_pattern"] = {key: _whole(value) for key, value in values["alpha_pattern"].items()}
@@ -85,6 +78,8 @@ def from_peft_config(values: Mapping[str, Any], root: nn.Module, source: str) ->
     for key in ("target_modules", "modules_to_save"):
         if isinstance(kept.get(key), list):
             kept[key] = _those_found(kept[key], names, f"{source}: {key}")
+    if kept.get("modules_to_save"):
+        kept["modules_to_save"] = _unmistakable(kept["modules_to_save"], names, as_peft=True)
     if not kept.get("modules_to_save"):
         kept.pop("modules_to_save", None)
     try:
@@ -98,6 +93,20 @@ def _those_found(entries: list[str], names: list[str], what: str) -> list[str]:
     if found and len(found) < len(entries):
         _LOG.info("%s: not in this model, passed over: %s", what, ", ".join(sorted(set(entries) - set(found))))
     return found or entries
+
+
+def _unmistakable(entries: list[str], names: list[str], *, as_peft: bool = False) -> list[str]:
+    """Entries of ``modules_to_save`` that PEFT and we read alike, by whole names where a short one would not do.
+
+    PEFT asks only whether a name ends in an entry, so that its ``head`` is also ``lm_head`` and its ``norm`` every
+    ``layernorm``. ``as_peft`` keeps that meaning (of a file that PEFT wrote), else ours is kept.
+    """
+    clear: list[str] = []
+    for entry in entries:
+        ours = [name for name in names if matches([entry], name)]
+        theirs = [name for name in names if name.endswith(entry)]
+        clear += [entry] if ours == theirs else theirs if as_peft else ours
+    return clear
 
 
 def _skipped_some(root: nn.Module, config: LoraConfig) -> bool:

@@ -181,4 +181,5 @@ def swap(module: nn.Module, local: str, value: Tensor) -> Tensor:
 @torch.no_grad()
 def copy_originals(module: nn.Module, names: list[str]) -> None:
     """Keep the values that a module has now, on the CPU, as those of the base."""
-    vars(module)[ORIGINALS] = {name: getattr(module, name).detach().to("cpu", copy=True) for name in names}
+    now: dict[str, Tensor] = {name: getattr(module, name).detach() for name in names}
+    vars(module)[ORIGINALS] = {name: t.clone() if t.is_meta else t.to("cpu", copy=True) for name, t in now.items()}

@@ -74,7 +74,9 @@ def test_a_later_validation_counts(module, data, make_trainer):
     assert recorder.fields["val_loss"] == pytest.approx(math.log(384), rel=1e-5)
 
 
-@pytest.mark.parametrize(("error", "status"), [(RuntimeError("broken"), "failed"), (KeyboardInterrupt(), "interrupted")])
+@pytest.mark.parametrize(
+    ("error", "status"), [(RuntimeError("broken"), "failed"), (KeyboardInterrupt(), "interrupted")]
+)
 def test_a_run_that_breaks_off(module, data, make_trainer, tmp_path, error, status):
     recorder = RunRecorder()
     with pytest.raises((RuntimeError, SystemExit, KeyboardInterrupt)):
@@ -97,7 +99,13 @@ def test_a_resumed_run_remembers_its_start(module, data, make_trainer, tmp_path)
 def test_json_is_strict_and_whole(tmp_path):
     path = tmp_path / "result.json"
     write_json(path, {"a": float("nan"), "b": [float("inf"), 1.5], "c": {"d": tmp_path}, "e": True, "f": None})
-    assert json.loads(path.read_text()) == {"a": None, "b": [None, 1.5], "c": {"d": str(tmp_path)}, "e": True, "f": None}
+    assert json.loads(path.read_text()) == {
+        "a": None,
+        "b": [None, 1.5],
+        "c": {"d": str(tmp_path)},
+        "e": True,
+        "f": None,
+    }
     assert [each.name for each in tmp_path.iterdir()] == ["result.json"]
     umask = os.umask(0)
     os.umask(umask)

@@ -116,11 +116,11 @@ def test_wandb(module, data, make_trainer, monkeypatch, tmp_path):
     logger = WandbLogger(offline=True, save_dir=tmp_path)
     logged = []
     monkeypatch.setattr(WandbLogger, "experiment", object())
-    monkeypatch.setattr(WandbLogger, "log_metrics", lambda *_: None)
-    monkeypatch.setattr(WandbLogger, "log_hyperparams", lambda *_: None)
-    monkeypatch.setattr(WandbLogger, "log_graph", lambda *_: None)
+    monkeypatch.setattr(WandbLogger, "log_metrics", lambda *_, **__: None)
+    monkeypatch.setattr(WandbLogger, "log_hyperparams", lambda *_, **__: None)
+    monkeypatch.setattr(WandbLogger, "log_graph", lambda *_, **__: None)
     monkeypatch.setattr(WandbLogger, "log_table", lambda self, key, columns, data: logged.append((key, columns, data)))
-    monkeypatch.setattr(WandbLogger, "finalize", lambda *_: None)
+    monkeypatch.setattr(WandbLogger, "finalize", lambda *_, **__: None)
     make_trainer(SampleWriter(every_validation=False), logger=logger).fit(module, datamodule=data)
     (_, columns, rows), (_, _, last) = logged
     assert columns == ["step", "prompt", "written", "reference"]

@@ -78,6 +78,8 @@ def test_closing_table():
 
 
 def test_closing_table_of_a_classifier():
-    text = printed(closing_table({"status": "failed", "val_accuracy_before": 0.2, "val_accuracy": 0.97, "val_loss": None}))
+    text = printed(
+        closing_table({"status": "failed", "val_accuracy_before": 0.2, "val_accuracy": 0.97, "val_loss": None})
+    )
     assert "0.200 → 0.970" in text
     assert "Validation loss" not in text

@@ -62,9 +62,7 @@ def fit(tmp_path):
             log_every_n_steps=1,
             **settings,
         )
-        trainer.fit(
-            module, DataLoader(rows, batch_size), DataLoader(validation, batch_size) if validation else None
-        )
+        trainer.fit(module, DataLoader(rows, batch_size), DataLoader(validation, batch_size) if validation else None)
         return trainer
 
     return run

@@ -124,7 +124,10 @@ def test_other_schedules():
 
 
 def test_schedulers_that_know_their_steps(fit, rows):
-    for scheduler in (partial(warmup_linear, num_training_steps=77), partial(torch.optim.lr_scheduler.StepLR, step_size=1)):
+    for scheduler in (
+        partial(warmup_linear, num_training_steps=77),
+        partial(torch.optim.lr_scheduler.StepLR, step_size=1),
+    ):
         trainer = fit(CausalLM("demo:tiny-llama", scheduler=scheduler), rows, 8)
         assert trainer.lr_scheduler_configs[0].interval == "step"
 

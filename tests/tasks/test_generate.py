@@ -51,11 +51,12 @@ def test_stops_at_the_end_of_the_turn(module):
 def test_stop_tokens_of_a_template(module):
     assert stop_token_ids(module.model, module.tokenizer) == [module.tokenizer.eos_token_id]
     other = load_tokenizer(
-        ModelConfig(
-            "demo:tiny-llama", chat_template="{% for m in messages %}{{ m.content }}<|endoftext|>{% endfor %}"
-        )
+        ModelConfig("demo:tiny-llama", chat_template="{% for m in messages %}{{ m.content }}<|endoftext|>{% endfor %}")
     )
-    assert set(stop_token_ids(module.model, other)) == {other.eos_token_id, other.convert_tokens_to_ids("<|endoftext|>")}
+    assert set(stop_token_ids(module.model, other)) == {
+        other.eos_token_id,
+        other.convert_tokens_to_ids("<|endoftext|>"),
+    }
     other.chat_template = "{{ raise_exception('only user turns') }}"
     assert stop_token_ids(module.model, other) == [other.eos_token_id]
 
