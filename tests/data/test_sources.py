@@ -101,7 +101,7 @@ def test_a_folder_tells_training_from_validation(write, tmp_path):
     for name in ("train-1.jsonl", "train/x.jsonl", "validation.jsonl", "other.jsonl", "test.jsonl"):
         write(ROWS, f"d/{name}")
     train, validation = find_sources(str(tmp_path / "d"))
-    assert (names(train), names(validation)) == (["train-1.jsonl", "x.jsonl"], ["validation.jsonl"])
+    assert (names(train), names(validation)) == (["x.jsonl", "train-1.jsonl"], ["validation.jsonl"])
 
 
 def test_what_is_not_there_is_told(write, tmp_path):
@@ -112,7 +112,7 @@ def test_what_is_not_there_is_told(write, tmp_path):
     with pytest.raises(LoraConfigError, match=r"none of the files that can be read: \.jsonl"):
         find_sources(str(tmp_path / "chats.txt"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(LoraConfigError, match="no training data.*found: nothing"):
+    with pytest.raises(LoraConfigError, match=r"no training data.*found: nothing"):
         find_sources(str(tmp_path / "empty"))
 
 
@@ -140,5 +140,5 @@ def test_an_unknown_hub_name_is_our_error(monkeypatch):
         raise FileNotFoundError("no such data set")
 
     monkeypatch.setattr(datasets, "get_dataset_split_names", missing)
-    with pytest.raises(LoraConfigError, match="neither a file nor a folder here.*no such data set"):
+    with pytest.raises(LoraConfigError, match=r"neither a file nor a folder here.*no such data set"):
         find_sources("somebody/chats")

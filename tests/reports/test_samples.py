@@ -42,7 +42,7 @@ def test_start_and_end_only(module, data, make_trainer, tmp_path):
 
 
 def test_sanity_check_and_plain_validation_write_nothing(module, data, make_trainer, tmp_path):
-    trainer = make_trainer(SampleWriter(), num_sanity_val_steps=2, limit_val_batches=2, max_steps=1)
+    trainer = make_trainer(SampleWriter(), num_sanity_val_steps=2, limit_val_batches=2, max_epochs=1)
     trainer.validate(module, datamodule=data, verbose=False)
     assert not (tmp_path / "samples.md").exists()
     trainer.fit(module, datamodule=data)

@@ -11,7 +11,8 @@ CPU = torch.device("cpu")
 def processor(monkeypatch):
     def describe(**abilities):
         for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-            monkeypatch.setattr(torch.cpu, probe, lambda able=abilities.get(probe, False): able, raising=False)
+            able = abilities.get(probe, False)
+            monkeypatch.setattr(torch.cpu, probe, lambda able=able: able, raising=False)
 
     return describe
 

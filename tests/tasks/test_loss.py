@@ -111,6 +111,6 @@ def test_any_labels(shared_model, data):
         total, count, _ = causal_lm_loss(shared_model, batch)
         single = [causal_lm_loss(shared_model, {k: v[i : i + 1] for k, v in batch.items()}) for i in range(height)]
         torch.testing.assert_close(sum(each.total for each in single), total, atol=1e-4, rtol=1e-5)
-        assert sum(int(each.count) for each in single) == count
+        assert sum(int(each.terms) for each in single) == count
         if count:
             torch.testing.assert_close(total / count, shared_model(**batch).loss, atol=1e-5, rtol=1e-6)

@@ -134,7 +134,8 @@ def loader(size):
 trainer.fit(module, loader(2), loader(3))
 state = {name: weight.detach() for name, weight in module.model.named_parameters()}
 metrics = {key: torch.as_tensor(value) for key, value in trainer.callback_metrics.items()}
-torch.save({"state": state, "metrics": metrics, "tokens": module.tokens_seen}, f"{sys.argv[2]}/{trainer.global_rank}.pt")
+result = {"state": state, "metrics": metrics, "tokens": module.tokens_seen}
+torch.save(result, f"{sys.argv[2]}/{trainer.global_rank}.pt")
 """
 
 
