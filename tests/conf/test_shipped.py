@@ -18,7 +18,6 @@ GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.n
 CHOICES = [
     (group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml")) if path.stem[0] != "_"
 ]
-YAMLS = sorted([*CONF.glob("*.yaml"), *(CONF / "x").parent.glob("*/*.yaml"), *PRESETS.rglob("*.yaml")])
 
 
 @pytest.mark.parametrize("config", ["train", "eval"])
@@ -62,15 +61,14 @@ def _all_parameters(target) -> set[str] | None:
             parameters = inspect.signature(functools.partial(base.__init__, None)).parameters.values()
             names |= {each.name for each in parameters if each.kind is not each.VAR_KEYWORD}
             if all(each.kind is not each.VAR_KEYWORD for each in parameters):
-                break
+                return names
+            if not base.__module__.startswith("lora_lightning"):
+                return None  # it is for somebody else to say what those may be
     return names
 
 
-@pytest.mark.parametrize("path", YAMLS, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_every_preset_key_has_a_comment(path):
-    if path.parent.name != "lora":
-        assert path.read_text(encoding="utf-8").isprintable() or True
-        return
+@pytest.mark.parametrize("path", sorted(PRESETS.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_key_of_a_preset_says_what_it_is_for(path):
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines):
         if re.match(r"\w+:", line):

@@ -1,5 +1,10 @@
+import json
+import os
 import random
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -7,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lora_lightning.reports import SampleWriter
+from lora_lightning.reports.samples import _printable
 
 
 def headings(path):
@@ -100,6 +106,50 @@ def test_other_processes_write_nothing(module, data, make_trainer, tmp_path, mon
     monkeypatch.setattr(type(trainer), "is_global_zero", False)
     trainer.fit(module, datamodule=data)
     assert not (tmp_path / "samples.md").exists()
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from conftest import Data
+from types import SimpleNamespace
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
+from lora_lightning.reports import RunRecorder, SampleWriter
+from lora_lightning.tasks import CausalLM
+
+torch.set_num_threads(1)
+recorder = RunRecorder()
+data = Data([SimpleNamespace(prompt="the minister", shown="minister", reference=None)])
+trainer = Trainer(
+    accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, callbacks=[SampleWriter(), recorder],
+    logger=CSVLogger("run", name="", version=""), enable_checkpointing=False, enable_progress_bar=False,
+    enable_model_summary=False, num_sanity_val_steps=-1,
+)
+trainer.fit(CausalLM("demo:tiny-llama", max_new_tokens=4), datamodule=data)
+recorder.write_result(f"result{trainer.global_rank}.json")
+"""
+
+
+def test_two_processes(tmp_path):
+    """One process writes while the other waits, and nobody waits for ever."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "script.py", str(Path(__file__).parent)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert headings(tmp_path / "run" / "samples.md") == [
+        "Before training (step 0)",
+        "After 2 steps (step 2)",
+        "After training (step 2)",
+    ]
+    first, second = (json.loads((tmp_path / f"result{rank}.json").read_text()) for rank in range(2))
+    assert first["val_loss"] == second["val_loss"] < first["val_loss_before"] == second["val_loss_before"]
+
+
+def test_control_characters_do_not_reach_the_terminal():
+    assert _printable("a\x1b[2Jb\r\nä 甲") == "a\ufffd[2Jb\ufffd\nä 甲"
 
 
 def test_tensorboard(module, data, make_trainer, tmp_path):

@@ -1,0 +1,167 @@
+"""`experiment=smoke` as a user runs it, and what it leaves."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import lora_lightning
+import pytest
+from omegaconf import OmegaConf
+
+ROOT = Path(lora_lightning.__file__).parents[1]
+TRAIN = ROOT / "scripts" / "train.py"
+FAST = ("experiment=smoke", "trainer.max_steps=4", "trainer.val_check_interval=2", "callbacks=minimal")
+
+
+def result_of(folder: Path) -> dict:
+    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+
+
+def test_everything_that_a_run_leaves(smoke):
+    folder, _ = smoke
+    for name in ("metrics.csv", "loss.png", "samples.md", "config.yaml", "result.json", "checkpoints/last.ckpt"):
+        assert (folder / name).stat().st_size > 0, name
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in (folder / "adapter").iterdir()}
+
+
+def test_the_result(smoke):
+    folder, _ = smoke
+    result = result_of(folder)
+    assert result["status"] == "finished"
+    assert result["val_loss"] < result["val_loss_before"] - 1
+    assert result["perplexity"] == pytest.approx(math.exp(result["val_loss"]), rel=1e-3)
+    assert 0 < result["trainable_parameters"] < result["total_parameters"]
+    assert result["steps"] == 30
+    assert result["seconds"] > 0
+    assert result["tokens_per_second"] > 0
+    assert result["peak_memory_bytes"] > 0
+    assert Path(result["adapter_path"]) == folder / "adapter"
+    assert result["overrides"][:3] == ["experiment=smoke", "lora.r=64", "lora.use_rslora=true"]
+
+
+def test_the_command_line_does_what_it_says(smoke):
+    folder, done = smoke
+    adapter = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_alpha"], adapter["use_rslora"]) == (64, 128, True)
+    assert adapter["task_type"] == "CAUSAL_LM"
+    rows = [line for line in done.stdout.splitlines() if "_proj" in line and "│" in line]
+    assert len(rows) == 7
+    for row in rows:
+        cells = [cell.strip() for cell in row.strip("│").split("│")]
+        assert cells[4:6] == ["64", "16"], row
+
+
+def test_the_configuration_is_kept_resolved(smoke):
+    folder, _ = smoke
+    config = OmegaConf.load(folder / "config.yaml")
+    assert config.lora.lora_alpha == 128
+    assert config.optimizer.lr == pytest.approx(1e-2 / 8)
+    assert config.callbacks.lora.config.r == 64
+    assert "${" not in (folder / "config.yaml").read_text()
+
+
+def test_the_screen_shows_what_counts(smoke):
+    _, done = smoke
+    for part in ("One training example", "Adapted layers", "30/30", "Before training", "After training", "Result"):
+        assert part in done.stdout, part
+    assert "💡" not in done.stdout + done.stderr
+
+
+def test_the_adapter_went_to_wandb(smoke):
+    folder, _ = smoke
+    runs = list(folder.parent.rglob("*.wandb"))
+    assert len(runs) == 1
+    content = runs[0].read_bytes()
+    for part in (b"lora-adapter", b"val_loss", b"lora/trainable_parameters", b"use_rslora"):
+        assert part in content, part
+
+
+def test_a_finished_run_is_not_overwritten(smoke, command):
+    folder, _ = smoke
+    before = {path: path.stat().st_mtime_ns for path in (folder / "adapter").iterdir()} | {"r": result_of(folder)}
+    done = command(TRAIN, "experiment=smoke", f"hydra.run.dir={folder}")
+    assert done.returncode == 1
+    assert "would be overwritten" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert {path: path.stat().st_mtime_ns for path in (folder / "adapter").iterdir()} | {"r": result_of(folder)} == before
+
+
+def test_a_run_is_resumed_in_its_folder(command, tmp_path):
+    folder = tmp_path / "run"
+    first = command(TRAIN, *FAST, f"hydra.run.dir={folder}")
+    assert first.returncode == 0, first.stderr
+    steps = [argument.replace("max_steps=4", "max_steps=6") for argument in FAST]
+    second = command(TRAIN, *steps, "ckpt_path=last", f"hydra.run.dir={folder}")
+    assert second.returncode == 0, second.stderr
+    result, earlier = result_of(folder), json.loads((folder / "result-1.json").read_text())
+    assert (earlier["steps"], result["steps"]) == (4, 6)
+    assert result["val_loss_before"] == earlier["val_loss_before"]
+    assert (folder / "adapter").is_dir()
+    assert (folder / "adapter-2").is_dir()
+    assert result["adapter_path"] == str(folder / "adapter-2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["lora.rank=8"], "did you mean lora.r?"),
+        (["experiment=smoke", "lora.target_modules=[q_porj]"], "q_proj"),
+        (["experiment=smoke", "lora.task_type=SEQ_CLS"], "contradicts"),
+        (["data=jsonl", "model=tiny_llama", "data.path=nowhere.jsonl"], "nowhere.jsonl"),
+    ],
+)
+def test_a_mistake_ends_with_a_message_and_no_traceback(command, tmp_path, arguments, part):
+    done = command(TRAIN, *arguments, f"hydra.run.dir={tmp_path}/run")
+    assert done.returncode == 1
+    assert part in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_the_traceback_is_there_for_who_wants_it(command, tmp_path):
+    done = command(TRAIN, "lora.rank=8", f"hydra.run.dir={tmp_path}/run", HYDRA_FULL_ERROR="1")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_what_fails_says_so_in_its_result(command, tmp_path):
+    done = command(TRAIN, "experiment=smoke", "lora.target_modules=[q_porj]", f"hydra.run.dir={tmp_path}/run")
+    assert done.returncode == 1
+    assert result_of(tmp_path / "run")["status"] == "failed"
+
+
+def test_a_multirun_gives_each_job_its_folder(command, tmp_path):
+    done = command(TRAIN, "-m", *FAST, "lora.r=2,4", f"hydra.sweep.dir={tmp_path}/sweep")
+    assert done.returncode == 0, done.stderr
+    ranks = [
+        json.loads((tmp_path / "sweep" / job / "adapter" / "adapter_config.json").read_text())["r"] for job in ("0", "1")
+    ]
+    assert ranks == [2, 4]
+
+
+@pytest.mark.parametrize("entry", ["script", "console"])
+def test_two_processes_share_a_run(command, tmp_path, entry):
+    """Both ways in: Lightning starts the second process from sys.argv."""
+    folder = tmp_path / "run"
+    console = "import sys; from lora_lightning.cli.main import main; sys.argv[0] = 'lora-lightning'; main()"
+    program = [TRAIN] if entry == "script" else ["-c", console, "train"]
+    settings = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", f"hydra.run.dir={folder}"]
+    done = command(*program, *FAST, *settings)
+    assert done.returncode == 0, done.stderr
+    result = result_of(folder)
+    assert (result["status"], result["steps"]) == ("finished", 4)
+    assert "8 rows × 2 devices = 16" in done.stdout
+    assert result["val_loss"] < result["val_loss_before"]
+    assert not (folder / "adapter-2").exists()
+
+
+def test_it_runs_from_any_folder_and_leaves_nothing_there_but_outputs(command, tmp_path):
+    done = command(TRAIN, *FAST, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
+    (run,) = (tmp_path / "outputs" / "smoke").iterdir()
+    assert result_of(run)["status"] == "finished"
+    shutil.rmtree(tmp_path / "outputs")
