@@ -54,7 +54,7 @@ def test_two_ranks_together_see_the_batches_of_one():
 
 
 def test_batches_hold_rows_of_like_length_and_the_longest_come_first():
-    lengths = random.Random(0).choices(range(10, 500), k=4 * MEGABATCH)
+    lengths = random.Random(0).choices(range(10, 500), k=4 * MEGABATCH + 3)
     [grouped] = shards(len(lengths), 1, 4, lengths=lengths)
 
     def padding(order):
@@ -63,6 +63,9 @@ def test_batches_hold_rows_of_like_length_and_the_longest_come_first():
         )
 
     assert padding(grouped) < padding(range(len(lengths))) / 5
+    for start in range(0, len(grouped), 4):  # the incomplete batch is the last, or it would shift all behind it
+        batch = [lengths[row] for row in grouped[start : start + 4]]
+        assert batch == sorted(batch, reverse=True)
     assert max(lengths) in [lengths[row] for row in grouped[:4]]
     steps = [lengths[row] for row in grouped[::4]]
     assert steps != sorted(steps, reverse=True)

@@ -1,0 +1,215 @@
+"""What all data modules share: their options, their loaders, and what they tell before training."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import TypedDict
+
+from lightning.pytorch import LightningDataModule
+from rich.console import Console, RenderableType
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from lora_lightning.data.encode import Example, Tally
+from lora_lightning.data.loaders import Collator, ResumableLoader, Rows, loader_options
+from lora_lightning.data.preview import marked, summary
+from lora_lightning.data.samplers import LengthGroupedSampler, ShardSampler, rank_and_world
+from lora_lightning.data.stream import RowStream
+from lora_lightning.errors import LoraConfigError
+
+
+@dataclass(frozen=True)
+class SamplePrompt:
+    """A fixed prompt that a model answers before, during and after training, so that people see it learn."""
+
+    prompt: str
+    """What the model is fed: rendered, special tokens and generation prompt included (add none when tokenising)."""
+    shown: str
+    """The same in short, for people."""
+    reference: str | None = None
+    """The right answer."""
+
+
+@dataclass
+class Loaded:
+    """What a data module holds once it is set up."""
+
+    train: Rows | RowStream
+    validation: Rows
+    shown: Example
+    """The example that is shown to people."""
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    prompts: list[SamplePrompt] = field(default_factory=list)
+
+
+class CommonOptions(TypedDict, total=False):
+    """Options of every data module but ``max_length``, whose default is not the same for all."""
+
+    tokenizer: PreTrainedTokenizerBase | None
+    batch_size: int
+    val_batch_size: int | None
+    num_workers: int
+    seed: int
+    samples: int
+    group_by_length: bool
+    pad_to_multiple_of: int | None
+
+
+class Options(CommonOptions, total=False):
+    """Options of every data module; :class:`DataModule` describes them."""
+
+    max_length: int
+
+
+class DataModule(LightningDataModule):
+    """Loaders over rows that :meth:`load` brings.
+
+    Args:
+        tokenizer: A fast tokenizer of transformers; None takes ``tokenizer`` of the trainer's LightningModule.
+        batch_size: Rows in a batch of one rank.
+        val_batch_size: The same for validation; None means ``batch_size``.
+        max_length: In tokens; longer rows are cut at the right.
+        num_workers: Processes that put batches together; 0 does it in the training process.
+        seed: Of the split and of the order of rows.
+        samples: The number of fixed prompts.
+        group_by_length: Put rows of like length into a batch, which saves padding.
+        pad_to_multiple_of: Round the length of batches up to a multiple of this.
+
+    Raises:
+        LoraConfigError: If an option makes no sense.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        batch_size: int = 4,
+        val_batch_size: int | None = None,
+        max_length: int = 512,
+        num_workers: int = 0,
+        seed: int = 0,
+        samples: int = 3,
+        group_by_length: bool = True,
+        pad_to_multiple_of: int | None = None,
+    ) -> None:
+        super().__init__()
+        least = {
+            "batch_size": (batch_size, 1),
+            "val_batch_size": (1 if val_batch_size is None else val_batch_size, 1),
+            "max_length": (max_length, 2),
+            "num_workers": (num_workers, 0),
+            "samples": (samples, 0),
+            "pad_to_multiple_of": (1 if pad_to_multiple_of is None else pad_to_multiple_of, 1),
+        }
+        if wrong := [
+            f"{name} must be at least {low}, got {given!r}" for name, (given, low) in least.items() if given < low
+        ]:
+            raise LoraConfigError("; ".join(wrong) + ".")
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.val_batch_size = val_batch_size or batch_size
+        self.max_length = max_length
+        self.num_workers = num_workers
+        self.seed = seed
+        self.samples = samples
+        self.group_by_length = group_by_length
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self._loaded: Loaded | None = None
+        self._told = False
+
+    @abstractmethod
+    def load(self, tokenizer: PreTrainedTokenizerBase) -> Loaded:
+        """Reads, splits and tokenises the rows; called once, on every rank."""
+
+    def setup(self, stage: str | None = None) -> None:
+        """Loads the rows, once; before training, rank zero tells what they are.
+
+        Raises:
+            LoraConfigError: If there is no tokenizer, or something is wrong with the rows.
+        """
+        if self._loaded is None:
+            self._loaded = self.load(self._find_tokenizer())
+        if stage == "fit" and not self._told and rank_and_world()[0] == 0:
+            Console().print(self.describe())
+            self._told = True
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Shuffled batches, the same for the same seed, epoch and number of ranks."""
+        train, (rank, world) = self.loaded.train, rank_and_world()
+        sampler = None
+        if isinstance(train, RowStream):
+            train.rank, train.world = rank, world
+        else:
+            sampler = LengthGroupedSampler(
+                train.lengths() if self.group_by_length else None,
+                len(train),
+                batch_size=self.batch_size,
+                seed=self.seed,
+                rank=rank,
+                world=world,
+            )
+        loader = ResumableLoader(
+            train,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            collate_fn=self._collator(),
+            **loader_options(self.num_workers, self.seed),
+        )
+        loader.trainer = self.trainer
+        return loader
+
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        """The validation rows in order, each once over all ranks; no loader where there are none."""
+        rows, (rank, world) = self.loaded.validation, rank_and_world()
+        if not len(rows):
+            return []
+        return DataLoader(
+            rows,
+            batch_size=self.val_batch_size,
+            sampler=ShardSampler(len(rows), rank=rank, world=world),
+            collate_fn=self._collator(),
+            **loader_options(self.num_workers, self.seed),
+        )
+
+    def test_dataloader(self) -> DataLoader | list[DataLoader]:
+        """The validation rows: nothing is chosen by them unless a callback of yours does."""
+        return self.val_dataloader()
+
+    def sample_prompts(self) -> list[SamplePrompt]:
+        """The fixed prompts, from rows for validation where there are any."""
+        return self.loaded.prompts
+
+    def describe(self) -> RenderableType:
+        """One example with its trained tokens marked, and what became of the rows."""
+        return summary(self.loaded.tallies, self.loaded.notes, *self.preview(self.loaded.shown))
+
+    def preview(self, example: Example) -> tuple[RenderableType, str]:
+        """How an example is shown, and the title over it."""
+        return marked(example, self._find_tokenizer()), "One training example; trained is what stands between ⟦ and ⟧"
+
+    @property
+    def loaded(self) -> Loaded:
+        """What :meth:`setup` loaded.
+
+        Raises:
+            RuntimeError: Before setup.
+        """
+        if self._loaded is None:
+            raise RuntimeError(f"{type(self).__name__} has no rows yet: call setup('fit') first.")
+        return self._loaded
+
+    def _find_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None and self.trainer is not None:
+            self.tokenizer = getattr(self.trainer.lightning_module, "tokenizer", None)
+        if self.tokenizer is None:
+            raise LoraConfigError(
+                f"{type(self).__name__} has no tokenizer: give it `tokenizer=`, or a LightningModule with `.tokenizer`."
+            )
+        return self.tokenizer
+
+    def _collator(self) -> Collator:
+        tokenizer = self._find_tokenizer()
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        return Collator(pad or 0, self.pad_to_multiple_of)
