@@ -1,0 +1,88 @@
+"""The picture of a run: how the losses fell."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+_TRAINED, _VALIDATED = "#4878b6", "#d1495b"
+
+
+def loss_picture(
+    metrics_csv: str | os.PathLike[str], png: str | os.PathLike[str], *, val_loss_before: float | None = None
+) -> Path | None:
+    """Draw training and validation loss over the optimizer steps.
+
+    Args:
+        metrics_csv: What Lightning's CSVLogger wrote: columns ``step``, ``train_loss``, ``val_loss``.
+        png: Where to put the picture.
+        val_loss_before: The validation loss before the first step, which the file does not hold.
+
+    Returns:
+        The picture's path, or None where there was nothing to draw or drawing failed: a run does not fail for its
+        picture.
+    """
+    try:
+        trained, validated = _series(Path(metrics_csv))
+        if val_loss_before is not None:
+            validated.insert(0, (0, val_loss_before))
+        return _draw(trained, validated, Path(png)) if trained or validated else None
+    except Exception as error:  # whatever it is, the training is done and its products matter more
+        rank_zero_warn(f"The loss picture {png} could not be drawn: {error}")
+        return None
+
+
+def _series(metrics_csv: Path) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+    with metrics_csv.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+
+    def column(name: str) -> list[tuple[int, float]]:
+        # Lightning numbers steps from 0: what stands at step n was measured after n + 1 of them.
+        return [(int(row["step"]) + 1, float(row[name])) for row in rows if row.get(name)]
+
+    return column("train_loss"), column("val_loss")
+
+
+def _smoothed(values: list[float]) -> list[float]:
+    """Means over a centred window of a tenth of the run, cut at the ends."""
+    reach = max(1, len(values) // 20)
+    windows = [values[max(0, index - reach) : index + reach + 1] for index in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
+
+
+def _draw(trained: list[tuple[int, float]], validated: list[tuple[int, float]], png: Path) -> Path:
+    # The object interface: pyplot would keep the figure and might look for a display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    if trained:
+        steps, losses = zip(*trained, strict=True)
+        axes.plot(steps, losses, color=_TRAINED, alpha=0.4, linewidth=1)
+        axes.plot(steps, _smoothed(list(losses)), color=_TRAINED, linewidth=2, label="training (smoothed)")
+    if validated:
+        steps, losses = zip(*validated, strict=True)
+        axes.plot(steps, losses, color=_VALIDATED, marker="o", markersize=5, linewidth=1.5, label="validation")
+        for index in {0, len(losses) - 1}:
+            axes.annotate(
+                f"{losses[index]:.2f}",
+                (steps[index], losses[index]),
+                xytext=(0, 8),
+                textcoords="offset points",
+                ha="center",
+                color=_VALIDATED,
+            )
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss")
+    axes.margins(x=0.04, y=0.1)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    png.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(png)
+    return png

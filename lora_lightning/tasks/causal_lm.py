@@ -1,0 +1,104 @@
+"""Training a causal language model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lora_lightning.tasks.base import Task
+from lora_lightning.tasks.generate import generate_text
+from lora_lightning.tasks.loss import LossSum, causal_lm_loss, token_losses
+from lora_lightning.tasks.model import load_model, load_tokenizer
+from lora_lightning.tasks.model_config import ModelConfig
+
+
+class CausalLM(Task):
+    """A causal language model that learns to write what the labels of its batches say.
+
+    A batch is a mapping of ``input_ids``, ``attention_mask`` and ``labels``, each (B, T), right-padded;
+    ``labels[b, t]`` is the label of token t itself, -100 where it is not trained. Logs ``train_loss`` (the mean over
+    an optimizer step), ``tokens_per_second``, ``val_loss`` and ``test_loss`` (means over all labels) and the
+    perplexities, which are their exponentials.
+
+    Args:
+        model: The base model: its name, or the fields of a `ModelConfig`.
+        optimizer: Called with the list of trainable parameters; None is AdamW.
+        scheduler: Called with the optimizer and, if it has such a parameter, ``num_training_steps``; None is a
+            constant learning rate.
+        learning_rate: For the default optimizer.
+        weight_decay: For the default optimizer.
+        max_new_tokens: Length of generated texts, at most.
+
+    Raises:
+        LoraConfigError: The model cannot be had, or its config is wrong.
+    """
+
+    lora_task_type = "CAUSAL_LM"
+
+    def __init__(
+        self,
+        model: str | dict[str, Any] | ModelConfig = "demo:tiny-llama",
+        *,
+        optimizer: Callable[..., Optimizer] | None = None,
+        scheduler: Callable[..., Any] | None = None,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.0,
+        max_new_tokens: int = 32,
+    ) -> None:
+        super().__init__(
+            optimizer=optimizer, scheduler=scheduler, learning_rate=learning_rate, weight_decay=weight_decay
+        )
+        config = ModelConfig.of(model)
+        self.save_hyperparameters(
+            {
+                "model": asdict(config),
+                "learning_rate": learning_rate,
+                "weight_decay": weight_decay,
+                "max_new_tokens": max_new_tokens,
+            }
+        )
+        self.max_new_tokens = max_new_tokens
+        self.tokenizer = load_tokenizer(config)
+        self.model = load_model(config, "causal_lm")
+
+    def loss_sum(self, batch: Mapping[str, Tensor]) -> LossSum:
+        """Sum the losses of the labelled tokens."""
+        return causal_lm_loss(self.model, batch)
+
+    def derived(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The perplexity: the exponential of the mean loss of a token."""
+        return {"perplexity": values["loss"].exp()}
+
+    def generate_text(self, prompts: list[str], max_new_tokens: int | None = None) -> list[str]:
+        """Continue prompts greedily; training is not disturbed.
+
+        Args:
+            prompts: Texts as a chat template renders them, generation prompt included.
+            max_new_tokens: At most so many tokens each; None is the module's own setting.
+
+        Returns:
+            What follows each prompt, up to the end of the turn, without special tokens.
+        """
+        return generate_text(self.model, self.tokenizer, prompts, max_new_tokens or self.max_new_tokens)
+
+    def predict_step(self, batch: Any, batch_idx: int = 0) -> list[str] | Tensor:
+        """Continue prompts, or score rows.
+
+        Args:
+            batch: A list of prompts, or a batch as in training.
+            batch_idx: Which batch it is.
+
+        Returns:
+            For prompts, the generated texts. For a batch, the mean loss of each row's labels, (B,); NaN for a row
+            without any.
+        """
+        if isinstance(batch, (list, tuple)):
+            return self.generate_text(list(batch))
+        with torch.no_grad():
+            losses_BK, trained_BK, _ = token_losses(self.model, batch)
+        return losses_BK.sum(dim=1) / trained_BK.sum(dim=1)

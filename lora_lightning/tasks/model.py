@@ -1,0 +1,118 @@
+"""Loading a base model and its tokenizer, from the Hub, a folder or a demo package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lora_lightning.errors import LoraConfigError
+from lora_lightning.tasks.demo import is_demo, prepare_demo
+from lora_lightning.tasks.dtype import likely_device, pick_dtype
+from lora_lightning.tasks.hub_errors import check_local_folder, explained
+from lora_lightning.tasks.model_config import ModelConfig
+
+ModelKind = Literal["causal_lm", "sequence_classification"]
+_AUTO_CLASSES = {"causal_lm": AutoModelForCausalLM, "sequence_classification": AutoModelForSequenceClassification}
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model, with its chat template overridden if asked for, and a padding token.
+
+    Raises:
+        LoraConfigError: The model, its tokenizer or the file of the chat template cannot be had.
+    """
+    with explained(config):
+        tokenizer = AutoTokenizer.from_pretrained(**_source(config))
+    if config.chat_template is not None:
+        tokenizer.chat_template = _template_text(config.chat_template)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise LoraConfigError(f"The tokenizer of {config.name!r} has neither a padding nor an end-of-text token.")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(config: ModelConfig, kind: ModelKind, **settings: Any) -> PreTrainedModel:
+    """Load a base model, with the switches of the config set.
+
+    Args:
+        config: Which model, and how.
+        kind: The head it gets.
+        **settings: Values for the model's own config, such as ``num_labels``.
+
+    Returns:
+        The model in train mode: in eval mode, in which transformers hands models out, gradient checkpointing is
+        silently off, and Lightning keeps the mode it finds.
+
+    Raises:
+        LoraConfigError: The model cannot be had, or does not know a switch that was set.
+    """
+    source = _source(config)
+    with explained(config):
+        own_config = AutoConfig.from_pretrained(**source, **settings)
+        choices: dict[str, Any] = {"dtype": _dtype(config, own_config)}
+        if config.attn_implementation is not None:
+            choices["attn_implementation"] = config.attn_implementation
+        model = _AUTO_CLASSES[kind].from_pretrained(**source, config=own_config, **choices)
+        if config.gradient_checkpointing:
+            # Re-entrant checkpointing gives adapters behind frozen embeddings no gradient.
+            new_name, old_name = "activation_checkpointing_enable", "gradient_checkpointing_enable"
+            getattr(model, new_name if hasattr(model, new_name) else old_name)({"use_reentrant": False})
+    if is_demo(config.name):
+        # The cache folder is this machine's own affair; the name is what another machine can use.
+        model.name_or_path = model.config.name_or_path = config.name
+    if config.compile:
+        # In place: torch.compile(model) would put _orig_mod. before every name. Batches differ in length: dynamic.
+        model.compile(dynamic=True)
+    return model.train()
+
+
+def _source(config: ModelConfig) -> dict[str, Any]:
+    """The keyword arguments that tell transformers where a model lies."""
+    if is_demo(config.name):
+        place = str(prepare_demo(config.name))
+    else:
+        check_local_folder(config)
+        folder = Path(config.name).expanduser()
+        place = str(folder) if folder.is_dir() else config.name
+    source: dict[str, Any] = {
+        "pretrained_model_name_or_path": place,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    return source if config.revision is None else source | {"revision": config.revision}
+
+
+def _dtype(config: ModelConfig, own_config: PretrainedConfig) -> torch.dtype | str:
+    if config.dtype == "auto" and getattr(own_config, "quantization_config", None) is not None:
+        return "auto"
+    stored = getattr(own_config, "dtype", None) or getattr(own_config.get_text_config(), "dtype", None)
+    if isinstance(stored, str):
+        stored = getattr(torch, stored)
+    dtype, reason = pick_dtype(config.dtype, stored, likely_device())
+    if reason:
+        tell = rank_zero_info if config.dtype == "auto" else rank_zero_warn
+        tell(f"{config.name}: {reason}.")
+    return dtype
+
+
+def _template_text(template: str) -> str:
+    if "{" in template:
+        return template
+    try:
+        return Path(template).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LoraConfigError(
+            f"chat_template must be Jinja text or the path of a UTF-8 file that holds it, got {template!r} ({error})"
+        ) from error
