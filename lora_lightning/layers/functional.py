@@ -53,6 +53,23 @@ def low_rank(x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dropout:
     return F.linear(F.linear(F.dropout(x, dropout), lora_a), lora_b) * scaling
 
 
+def keep_mask(x: Tensor, dropout: float) -> Tensor:
+    """Which elements of ``x`` survive dropout: bool of its shape, drawn from torch's generator for its device.
+
+    On the CPU, four elements share one draw of 64 bits, so that a probability is a multiple of 2⁻¹⁶ (see
+    :func:`kept_share`); drawing each element by itself takes several times as long as the layer it serves.
+    """
+    if x.device.type != "cpu":
+        return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout)
+    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    return (words.view(torch.int16)[: x.numel()] >= round(dropout * 2**16) - 2**15).view(x.shape)
+
+
+def kept_share(x: Tensor, dropout: float) -> float:
+    """The probability with which :func:`keep_mask` keeps an element."""
+    return 1 - dropout if x.device.type != "cpu" else 1 - round(dropout * 2**16) / 2**16
+
+
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -74,8 +91,11 @@ class _LoraLinear(torch.autograd.Function):
         dropout: float,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         x_flat = x.reshape(-1, x.shape[-1])  # (T, in)
-        dropped, mask = torch.native_dropout(x_flat, dropout, True) if dropout else (x_flat, None)
-        xa = dropped @ lora_a.t()  # (T, r)
+        mask = keep_mask(x_flat, dropout) if dropout else None
+        kept = x_flat if mask is None else torch.where(mask, x_flat, 0)
+        xa = kept @ lora_a.t()  # (T, r)
+        if mask is not None:
+            xa /= kept_share(x, dropout)
         y = F.linear(x_flat, weight, bias).addmm_(xa, lora_b.t(), alpha=scaling)  # (T, out)
         return y.view(*x.shape[:-1], y.shape[-1]), xa, mask
 
@@ -103,21 +123,19 @@ class _LoraLinear(torch.autograd.Function):
         needs_x, needs_w, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:5]
         dx = dw = dbias = da = db = None
         dy_flat = dy.reshape(-1, dy.shape[-1])  # (T, out)
-        keep = 1.0 / (1.0 - ctx.dropout)
+        share = 1.0 if mask is None else kept_share(dy, ctx.dropout)
         g = ctx.scaling * (dy_flat @ lora_b) if needs_x or needs_a else None  # (T, r)
         if needs_x:
             dx = dy_flat @ weight  # (T, in)
             if mask is None:
                 dx.addmm_(g, lora_a)
             else:
-                dx.addcmul_(g @ lora_a, mask.to(dx.dtype), value=keep)
+                dx.add_(torch.where(mask, g @ lora_a, 0), alpha=1 / share)
             dx = dx.view(*dy.shape[:-1], dx.shape[-1])
         x_flat = None if x is None else x.reshape(-1, x.shape[-1])
         if needs_a:
-            dropped = x_flat if mask is None else x_flat * mask
-            da = g.t() @ dropped  # (r, in)
-            if mask is not None:
-                da *= keep
+            kept = x_flat if mask is None else torch.where(mask, x_flat, 0)
+            da = (g.t() / share) @ kept  # (r, in)
         if needs_b:
             # (r, T) @ (T, out) runs row-major over the long side: 2 to 4 times faster than its transpose at small r.
             db = (ctx.scaling * (xa.t() @ dy_flat)).t()  # (out, r)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from lora_lightning.layers.functional import lora_linear
+from lora_lightning.layers.functional import keep_mask, kept_share, lora_linear
 
 
 def _tensors(rows, n_in, n_out, r, dtype=torch.float64):
@@ -44,15 +44,28 @@ def test_dropout_gradients_equal_those_of_the_mask_that_was_drawn():
     torch.manual_seed(1)
     y = lora_linear(x, w, b, lora_a, lora_b, 2.0, 0.4)
     torch.manual_seed(1)
-    dropped = torch.native_dropout(x.reshape(-1, 6), 0.4, True)[0].view_as(x)
+    mask = keep_mask(x.reshape(-1, 6), 0.4).view_as(x)
+    dropped = x * mask / kept_share(x, 0.4)
     expected = F.linear(x, w, b) + 2.0 * (dropped @ lora_a.t() @ lora_b.t())
     torch.testing.assert_close(y, expected)
     dy = torch.randn_like(y)
     inputs = (x, w, b, lora_a, lora_b)
     for got, wanted in zip(torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, inputs, dy), strict=True):
         torch.testing.assert_close(got, wanted)
-    share = (dropped == 0).double().mean().item()
-    assert share == pytest.approx(0.4, abs=0.05)
+
+
+@pytest.mark.parametrize("dropout", [0.05, 0.3, 0.5, 0.9])
+def test_masks_keep_the_stated_share_and_elements_are_independent(dropout):
+    x = torch.empty(4000, 250)
+    mask = keep_mask(x, dropout).double()
+    share = kept_share(x, dropout)
+    assert share == pytest.approx(1 - dropout, abs=1e-5)
+    spread = (share * (1 - share) / mask.numel()) ** 0.5
+    assert mask.mean().item() == pytest.approx(share, abs=5 * spread)
+    flat = mask.flatten()
+    for step in (1, 2, 3, 4, 250):  # neighbours, which share a draw, and columns
+        together = (flat[:-step] * flat[step:]).mean().item()
+        assert together == pytest.approx(share**2, abs=5 * spread)
 
 
 def test_checkpointing_replays_the_same_dropout():
