@@ -5,11 +5,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from filelock import FileLock
 
 import lora_lightning
-import pytest
 
 ROOT = Path(lora_lightning.__file__).parents[1]
+# Hydra's own logging would stay configured in the test process.
+QUIET = ("hydra/job_logging=none", "hydra/hydra_logging=none")
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -34,22 +39,55 @@ def command(tmp_path_factory) -> Run:
     return run
 
 
+class Called(NamedTuple):
+    status: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def call(monkeypatch, capsys) -> Callable[..., Called]:
+    """Calls a `main` with arguments in this process, which spares the imports of a new one."""
+    # Training sets these; given once here, they are taken back after the test.
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    monkeypatch.setenv("PL_SEED_WORKERS", "0")
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def run(main: Callable[[], None], *arguments: str | Path) -> Called:
+        monkeypatch.setattr(sys, "argv", ["scripts/program.py", *map(str, arguments), *QUIET])
+        capsys.readouterr()
+        try:
+            main()
+            status = 0
+        except SystemExit as left:
+            status = left.code
+        return Called(status, *capsys.readouterr())
+
+    return run
+
+
 @pytest.fixture(scope="session")
-def smoke(command, tmp_path_factory) -> tuple[Path, "subprocess.CompletedProcess[str]"]:
-    """The folder and the output of `scripts/train.py experiment=smoke lora.r=64 lora.use_rslora=true`."""
-    folder = tmp_path_factory.mktemp("runs") / "smoke"
-    done = command(
-        ROOT / "scripts" / "train.py",
-        "experiment=smoke",
-        "lora.r=64",
-        "lora.use_rslora=true",
-        "logger=wandb",
-        f"hydra.run.dir={folder}",
-        WANDB_MODE="offline",
-        WANDB_DIR=str(folder.parent),
-        WANDB_CACHE_DIR=str(folder.parent / "cache"),
-        WANDB_DATA_DIR=str(folder.parent / "data"),
-        WANDB_SILENT="true",
-    )
-    assert done.returncode == 0, done.stderr
-    return folder, done
+def smoke(command, tmp_path_factory) -> tuple[Path, str]:
+    """Folder and screen of `scripts/train.py experiment=smoke lora.r=64 lora.use_rslora=true`, run once for all."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a folder of its own in a common one
+        shared = shared.parent
+    folder, screen = shared / "smoke" / "run", shared / "smoke" / "screen.txt"
+    with FileLock(shared / "smoke.lock"):
+        if not screen.exists():
+            done = command(
+                ROOT / "scripts" / "train.py",
+                "experiment=smoke",
+                "lora.r=64",
+                "lora.use_rslora=true",
+                "logger=wandb",
+                f"hydra.run.dir={folder}",
+                WANDB_MODE="offline",
+                WANDB_DIR=str(folder.parent),
+                WANDB_CACHE_DIR=str(folder.parent / "cache"),
+                WANDB_DATA_DIR=str(folder.parent / "data"),
+                WANDB_SILENT="true",
+            )
+            assert done.returncode == 0, done.stderr
+            screen.write_text(done.stdout + done.stderr, encoding="utf-8")
+    return folder, screen.read_text(encoding="utf-8")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 
-import lora_lightning
 import pytest
+
+import lora_lightning
 from lora_lightning.cli import main as console
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+
 from lora_lightning.cli.overrides import check_command
 from lora_lightning.cli.told import CommandError
 from lora_lightning.errors import LoraConfigError
@@ -32,8 +33,9 @@ def refusal(*arguments: str, config: str = "train") -> CommandError:
         ("trainer.max_step=10", "trainer.max_steps=10"),
         ("experment=smoke", "experiment=smoke"),
         ("lora=high_capcity", "lora=high_capacity"),
-        ("+lora.rank_pattern=1 lora.rank_pattern.q_proj=8".split()[1], "+lora.rank_pattern.q_proj=8"),
+        (["+lora.rank_pattern=1", "lora.rank_pattern.q_proj=8"][1], "+lora.rank_pattern.q_proj=8"),
         ("trainer.benchmark=true", "+trainer.benchmark=true"),
+        ("debug=null", "'~debug'"),
     ],
 )
 def test_the_whole_corrected_command_is_printed(typed, meant):
@@ -55,7 +57,12 @@ def test_the_corrected_command_works():
 
 def test_everything_that_is_wrong_is_told_at_once():
     message = str(refusal("lora.rank=8", "model=gpt", "lora.bias=some", "lora.r=0", "data=jsonl"))
-    for part in ("lora.r?", "there are hub, minilm_l6, smollm2_135m, tiny_llama", "bias must be one of", "r must be at"):
+    for part in (
+        "lora.r?",
+        "there are hub, minilm_l6, smollm2_135m, tiny_llama",
+        "bias must be one of",
+        "r must be at",
+    ):
         assert part in message
     assert "data.path has no value yet" in message
 
@@ -98,7 +105,7 @@ def test_no_underscored_choice_is_offered():
         ["--multirun", "lora.r=4,8,16", "lora=balanced,conservative"],
         ["-m", "optimizer.lr=interval(1e-5,1e-3)"],
         ["--config-name", "somebody_elses", "rank=8"],
-        ["+trainer.benchmark=true", "~callbacks.samples", "debug=null", "hydra.run.dir=/somewhere"],
+        ["+trainer.benchmark=true", "~callbacks.samples", "hydra.run.dir=/somewhere"],
         ["lora.target_modules=[q_proj,v_proj]", "lora.layers_to_transform=[0,1]"],
     ],
 )

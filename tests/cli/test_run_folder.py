@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from lora_lightning.cli.run_folder import claim, is_first_process, keep
 from lora_lightning.errors import LoraConfigError
 

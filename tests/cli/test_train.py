@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 
-import lora_lightning
 import pytest
 from omegaconf import OmegaConf
+
+import lora_lightning
+from lora_lightning.cli.train import main
+from lora_lightning.cli.training import _metric
+from lora_lightning.errors import LoraConfigError
 
 ROOT = Path(lora_lightning.__file__).parents[1]
 TRAIN = ROOT / "scripts" / "train.py"
@@ -24,7 +27,9 @@ def test_everything_that_a_run_leaves(smoke):
     folder, _ = smoke
     for name in ("metrics.csv", "loss.png", "samples.md", "config.yaml", "result.json", "checkpoints/last.ckpt"):
         assert (folder / name).stat().st_size > 0, name
-    assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in (folder / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {
+        path.name for path in (folder / "adapter").iterdir()
+    }
 
 
 def test_the_result(smoke):
@@ -43,11 +48,11 @@ def test_the_result(smoke):
 
 
 def test_the_command_line_does_what_it_says(smoke):
-    folder, done = smoke
+    folder, screen = smoke
     adapter = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert (adapter["r"], adapter["lora_alpha"], adapter["use_rslora"]) == (64, 128, True)
     assert adapter["task_type"] == "CAUSAL_LM"
-    rows = [line for line in done.stdout.splitlines() if "_proj" in line and "│" in line]
+    rows = [line for line in screen.splitlines() if "_proj" in line and "│" in line]
     assert len(rows) == 7
     for row in rows:
         cells = [cell.strip() for cell in row.strip("│").split("│")]
@@ -64,10 +69,10 @@ def test_the_configuration_is_kept_resolved(smoke):
 
 
 def test_the_screen_shows_what_counts(smoke):
-    _, done = smoke
+    _, screen = smoke
     for part in ("One training example", "Adapted layers", "30/30", "Before training", "After training", "Result"):
-        assert part in done.stdout, part
-    assert "💡" not in done.stdout + done.stderr
+        assert part in screen, part
+    assert "💡" not in screen
 
 
 def test_the_adapter_went_to_wandb(smoke):
@@ -79,70 +84,79 @@ def test_the_adapter_went_to_wandb(smoke):
         assert part in content, part
 
 
-def test_a_finished_run_is_not_overwritten(smoke, command):
+def test_a_finished_run_is_not_overwritten(smoke, call):
     folder, _ = smoke
-    before = {path: path.stat().st_mtime_ns for path in (folder / "adapter").iterdir()} | {"r": result_of(folder)}
-    done = command(TRAIN, "experiment=smoke", f"hydra.run.dir={folder}")
-    assert done.returncode == 1
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if ".hydra" not in path.parts}
+    done = call(main, "experiment=smoke", f"hydra.run.dir={folder}")
+    assert done.status == 1
     assert "would be overwritten" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert {path: path.stat().st_mtime_ns for path in (folder / "adapter").iterdir()} | {"r": result_of(folder)} == before
+    after = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if ".hydra" not in path.parts}
+    assert before == after
 
 
-def test_a_run_is_resumed_in_its_folder(command, tmp_path):
+def test_a_run_is_resumed_in_its_folder(call, tmp_path):
     folder = tmp_path / "run"
-    first = command(TRAIN, *FAST, f"hydra.run.dir={folder}")
-    assert first.returncode == 0, first.stderr
+    assert call(main, *FAST, f"hydra.run.dir={folder}").status == 0
     steps = [argument.replace("max_steps=4", "max_steps=6") for argument in FAST]
-    second = command(TRAIN, *steps, "ckpt_path=last", f"hydra.run.dir={folder}")
-    assert second.returncode == 0, second.stderr
+    assert call(main, *steps, "ckpt_path=last", f"hydra.run.dir={folder}").status == 0
     result, earlier = result_of(folder), json.loads((folder / "result-1.json").read_text())
     assert (earlier["steps"], result["steps"]) == (4, 6)
     assert result["val_loss_before"] == earlier["val_loss_before"]
     assert (folder / "adapter").is_dir()
-    assert (folder / "adapter-2").is_dir()
     assert result["adapter_path"] == str(folder / "adapter-2")
 
 
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["lora.rank=8"], "did you mean lora.r?"),
         (["experiment=smoke", "lora.target_modules=[q_porj]"], "q_proj"),
         (["experiment=smoke", "lora.task_type=SEQ_CLS"], "contradicts"),
         (["data=jsonl", "model=tiny_llama", "data.path=nowhere.jsonl"], "nowhere.jsonl"),
     ],
 )
-def test_a_mistake_ends_with_a_message_and_no_traceback(command, tmp_path, arguments, part):
-    done = command(TRAIN, *arguments, f"hydra.run.dir={tmp_path}/run")
-    assert done.returncode == 1
+def test_a_mistake_ends_with_a_message(call, tmp_path, arguments, part):
+    done = call(main, *arguments, f"hydra.run.dir={tmp_path}/run")
+    assert done.status == 1
     assert part in done.stderr
     assert "Traceback" not in done.stderr
+    assert result_of(tmp_path / "run")["status"] == "failed"
     assert not (tmp_path / "run" / "adapter").exists()
 
 
-def test_the_traceback_is_there_for_who_wants_it(command, tmp_path):
-    done = command(TRAIN, "lora.rank=8", f"hydra.run.dir={tmp_path}/run", HYDRA_FULL_ERROR="1")
-    assert done.returncode == 1
-    assert "Traceback" in done.stderr
+def test_a_misspelt_key_is_told_without_a_traceback_unless_asked_for(command, tmp_path):
+    told = command(TRAIN, "lora.rank=8", f"hydra.run.dir={tmp_path}/run")
+    assert told.returncode == 1
+    assert f"{TRAIN} lora.r=8" in told.stderr
+    assert "Traceback" not in told.stderr
+    assert not (tmp_path / "run").exists()
+    full = command(TRAIN, "lora.rank=8", f"hydra.run.dir={tmp_path}/run", HYDRA_FULL_ERROR="1")
+    assert full.returncode == 1
+    assert "Traceback" in full.stderr
 
 
-def test_what_fails_says_so_in_its_result(command, tmp_path):
-    done = command(TRAIN, "experiment=smoke", "lora.target_modules=[q_porj]", f"hydra.run.dir={tmp_path}/run")
-    assert done.returncode == 1
-    assert result_of(tmp_path / "run")["status"] == "failed"
+def test_a_mistake_is_told_before_torch_is_imported(command):
+    code = (
+        "import sys; from lora_lightning.cli.train import main; sys.argv[1:] = ['lora.rank=8']\n"
+        "try: main()\n"
+        "except SystemExit: print([name for name in ('torch', 'lightning', 'transformers') if name in sys.modules])"
+    )
+    assert command("-c", code).stdout.strip() == "[]"
 
 
-def test_a_multirun_gives_each_job_its_folder(command, tmp_path):
-    done = command(TRAIN, "-m", *FAST, "lora.r=2,4", f"hydra.sweep.dir={tmp_path}/sweep")
-    assert done.returncode == 0, done.stderr
-    ranks = [
-        json.loads((tmp_path / "sweep" / job / "adapter" / "adapter_config.json").read_text())["r"] for job in ("0", "1")
-    ]
-    assert ranks == [2, 4]
+def test_a_multirun_gives_each_job_its_folder(call, tmp_path):
+    assert call(main, "-m", *FAST, "lora.r=2,4", f"hydra.sweep.dir={tmp_path}/sweep").status == 0
+    configs = [tmp_path / "sweep" / job / "adapter" / "adapter_config.json" for job in ("0", "1")]
+    assert [json.loads(config.read_text())["r"] for config in configs] == [2, 4]
 
 
-@pytest.mark.parametrize("entry", ["script", "console"])
+def test_the_metric_for_sweepers_is_returned():
+    assert _metric("perplexity", {"val_loss": 1.5, "perplexity": 4.5, "steps": 3}) == 4.5
+    assert _metric(None, {}) is None
+    with pytest.raises(LoraConfigError, match="did you mean val_loss"):
+        _metric("val_los", {"val_loss": 1.5})
+
+
+@pytest.mark.parametrize("entry", [pytest.param("script", marks=pytest.mark.slow), "console"])
 def test_two_processes_share_a_run(command, tmp_path, entry):
     """Both ways in: Lightning starts the second process from sys.argv."""
     folder = tmp_path / "run"
@@ -158,10 +172,20 @@ def test_two_processes_share_a_run(command, tmp_path, entry):
     assert not (folder / "adapter-2").exists()
 
 
-def test_it_runs_from_any_folder_and_leaves_nothing_there_but_outputs(command, tmp_path):
-    done = command(TRAIN, *FAST, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_it_runs_from_any_folder_and_leaves_nothing_there_but_outputs(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call(main, *FAST).status == 0
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
     (run,) = (tmp_path / "outputs" / "smoke").iterdir()
     assert result_of(run)["status"] == "finished"
-    shutil.rmtree(tmp_path / "outputs")
+
+
+@pytest.mark.parametrize(("more", "told"), [([], True), (["trainer.max_steps=2"], False)])
+def test_rows_of_ones_own_come_with_a_word_about_the_length(call, tmp_path, more, told):
+    rows = [{"prompt": f"What is {n} + 1?", "completion": f"It is {n + 1}."} for n in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = ["data=jsonl", f"data.path={tmp_path}/rows.jsonl", "model=tiny_llama", "callbacks=minimal"]
+    limits = ["trainer.limit_train_batches=2", "trainer.max_time=00:00:00:03", "trainer.val_check_interval=2"]
+    done = call(main, *settings, *limits, *more, f"hydra.run.dir={tmp_path}/run")
+    assert done.status == 0
+    assert ("add experiment=own" in done.stdout) is told

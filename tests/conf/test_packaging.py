@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import lora_lightning
 import pytest
+
+import lora_lightning
 
 ROOT = Path(lora_lightning.__file__).parents[1]
 

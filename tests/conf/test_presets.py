@@ -9,13 +9,14 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-import lora_lightning
 import pytest
 import torch
 import transformers
-from hydra_plugins.lora_lightning import alpha_for_rank, learning_rate_for_scale
 from hypothesis import given
 from hypothesis import strategies as st
+
+import lora_lightning
+from hydra_plugins.lora_lightning import alpha_for_rank, learning_rate_for_scale
 from lora_lightning import LoraConfig, inject_lora
 
 PRESETS = Path(lora_lightning.__file__).parent / "presets" / "lora"

@@ -7,10 +7,11 @@ import inspect
 import re
 from pathlib import Path
 
-import lora_lightning
 import pytest
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
+
+import lora_lightning
 
 CONF = Path(lora_lightning.__file__).parent / "conf"
 PRESETS = CONF.parent / "presets"

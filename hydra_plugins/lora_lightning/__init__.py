@@ -1,0 +1,55 @@
+"""What Hydra finds by itself in every app once this package is installed: the ``lora`` presets and their resolvers.
+
+This is imported by each Hydra app on the machine, so it imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import OmegaConf
+
+USUAL_SCALE = 2.0
+
+
+class LoraPresets(SearchPathPlugin):
+    """Puts the folder of presets on the search path, so that ``+lora=balanced`` works in anybody's app."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Append the presets, so that an app's own ``lora`` group is found first."""
+        search_path.append("lora-lightning", "pkg://lora_lightning.presets")
+
+
+def alpha_for_rank(r: Any) -> Any:
+    """The alpha that makes the scale of plain LoRA 2, for any rank; what is not a number is handed on to be told.
+
+    >>> alpha_for_rank(16)
+    32
+    """
+    return 2 * r if isinstance(r, (int, float)) and not isinstance(r, bool) else r
+
+
+def learning_rate_for_scale(learning_rate: float, r: Any, lora_alpha: Any, use_rslora: Any) -> float:
+    """The learning rate that makes steps of the usual size at any scale of the update.
+
+    The update of a weight is ``s B A`` with ``s = lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with rsLoRA. An
+    adaptive optimizer moves ``B`` by the learning rate whatever the gradient, so the weight moves by ``s`` times that:
+    a scale of 16 at the rate that suits a scale of 2 is eight times too fast. A smaller scale than 2 keeps the rate.
+
+    >>> learning_rate_for_scale(1e-3, 16, 32, False)
+    0.001
+    >>> learning_rate_for_scale(1e-3, 64, 128, True)
+    0.000125
+    """
+    try:
+        scale = abs(lora_alpha / (math.sqrt(r) if use_rslora else r))
+    except (TypeError, ValueError, ZeroDivisionError):
+        return learning_rate  # such a rank or alpha is refused by LoraConfig, in better words than here
+    return learning_rate * min(1.0, USUAL_SCALE / scale) if scale else learning_rate
+
+
+OmegaConf.register_new_resolver("lora_lightning.alpha_for_rank", alpha_for_rank, replace=True)
+OmegaConf.register_new_resolver("lora_lightning.learning_rate_for_scale", learning_rate_for_scale, replace=True)

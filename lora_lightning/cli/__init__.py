@@ -1,0 +1,1 @@
+"""The command line: Hydra is known here and nowhere below."""

@@ -1,0 +1,45 @@
+"""From the command line to a job: check what was typed, then let Hydra compose the configuration and run it."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from lora_lightning.cli.overrides import check_command
+from lora_lightning.cli.run_folder import is_first_process
+from lora_lightning.cli.told import told
+
+CONFIGS = "pkg://lora_lightning.conf"
+Job = Callable[[DictConfig], Any]
+
+
+def launch(config_name: str, job: Job, *, command: str | None = None) -> None:
+    """Run a job with the settings in ``sys.argv``.
+
+    Args:
+        config_name: The primary configuration: ``train`` or ``eval``.
+        job: What to run, once for each job of a multirun.
+        command: How the program is called, where ``sys.argv[0]`` does not say it.
+    """
+    if is_first_process():  # the others were started with what has been checked
+        with told():
+            check_command(sys.argv, config_name, command=command)
+    hydra.main(version_base="1.3", config_path=CONFIGS, config_name=config_name)(_telling(job))()
+
+
+def _telling(job: Job) -> Job:
+    @functools.wraps(job)
+    def run(cfg: DictConfig) -> Any:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            return job(cfg)  # it is for Hydra's launcher to say which of the jobs failed
+        with told():
+            return job(cfg)
+
+    return run

@@ -1,0 +1,42 @@
+"""What the experiment trackers get besides metrics: the whole configuration, and the adapter."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+
+
+def log_config(loggers: Iterable[Logger], config: dict[str, Any]) -> None:
+    """Give the resolved configuration to all trackers; beside the CSV file it lies in ``config.yaml`` anyway."""
+    for logger in loggers:
+        if not isinstance(logger, CSVLogger):
+            logger.log_hyperparams(config)
+
+
+def log_adapter(loggers: Iterable[Logger], folder: Path, facts: dict[str, Any]) -> None:
+    """Hand the adapter folder to W&B as an artifact of type ``lora-adapter``.
+
+    Args:
+        loggers: All loggers of the run.
+        folder: The adapter folder.
+        facts: What is written beside it: losses, parameters.
+    """
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            import wandb
+
+            run = logger.experiment
+            artifact = wandb.Artifact(f"adapter-{run.id}", type="lora-adapter", metadata=facts)
+            artifact.add_dir(str(folder))
+            run.log_artifact(artifact)
+
+
+def finish(*, failed: bool = False) -> None:
+    """End a W&B run, whatever became of the training: else the next logger of this process goes on with it."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish(exit_code=int(failed))

@@ -1,0 +1,128 @@
+"""The training job: one run, from a composed configuration to a folder of products."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch import Callback, Trainer
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.syntax import Syntax
+
+from lora_lightning.callback import LoraCallback
+from lora_lightning.cli import loggers as trackers
+from lora_lightning.cli import run_folder
+from lora_lightning.cli.build import Parts, make_callbacks, make_loggers, make_parts, make_trainer, prepare, resolved
+from lora_lightning.cli.progress import Announcement
+from lora_lightning.config import LoraConfig
+from lora_lightning.errors import LoraConfigError, did_you_mean
+from lora_lightning.reports import RunRecorder, closing_table, loss_picture
+
+
+def train(cfg: DictConfig) -> float | None:
+    """One run: measure, train, measure, and leave everything in its folder.
+
+    Args:
+        cfg: The composed configuration.
+
+    Returns:
+        The value of ``cfg.optimized_metric``, for sweepers; None where that is null.
+
+    Raises:
+        LoraConfigError: The configuration or the data is wrong; nothing was trained or overwritten.
+        AdapterError: An adapter or a checkpoint does not fit.
+    """
+    folder = Path(cfg.paths.output_dir)
+    LoraConfig.from_dict(cfg.lora)  # before anything is loaded, written or moved
+    run_folder.claim(folder, resuming=cfg.ckpt_path is not None)
+    prepare(cfg)
+    if run_folder.is_first_process():
+        _write_config(cfg, folder)
+        _say_whose_length(cfg)
+    recorder, announcement = RunRecorder(), Announcement()
+    trainer: Trainer | None = None
+    status = "failed"
+    try:
+        parts = make_parts(cfg)
+        callbacks: list[Callback] = make_callbacks(cfg)
+        recorder = next((each for each in callbacks if isinstance(each, RunRecorder)), recorder)
+        callbacks += [each for each in (recorder, announcement) if each not in callbacks]
+        trainer = make_trainer(cfg, callbacks, make_loggers(cfg))
+        trackers.log_config(trainer.loggers, resolved(cfg))
+        _fit(cfg, trainer, parts, announcement)
+        status = "finished"
+    finally:
+        # Lightning turns an interrupt into SystemExit; the recorder has seen what it was.
+        if status != "finished" and recorder.fields["status"] == "interrupted":
+            status = "interrupted"
+        try:
+            if run_folder.is_first_process():
+                _leave(cfg, folder, recorder, status, trainer)
+        finally:
+            trackers.finish(failed=status == "failed")
+    return _metric(cfg.optimized_metric, recorder.fields)
+
+
+def _fit(cfg: DictConfig, trainer: Trainer, parts: Parts, announcement: Announcement) -> None:
+    task, data = parts
+    trainer.fit(task, datamodule=data, ckpt_path=cfg.ckpt_path)
+    # The figures are those of the final weights, which the last validation of the fit may have missed.
+    if announcement.validated_at != trainer.global_step:
+        trainer.validate(task, datamodule=data, verbose=False)
+    if cfg.test:
+        trainer.test(task, datamodule=data)
+
+
+def _write_config(cfg: DictConfig, folder: Path) -> None:
+    text = OmegaConf.to_yaml(OmegaConf.create(resolved(cfg)))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(text, encoding="utf-8")
+    if cfg.print_config:
+        Console().print(Syntax(text, "yaml", background_color="default"))
+
+
+def _say_whose_length(cfg: DictConfig) -> None:
+    """Other rows than the experiment's are trained for as long as the experiment says, which may not be meant."""
+    typed = {override.partition("=")[0] for override in HydraConfig.get().overrides.task}
+    if "data" in typed and not typed & {"experiment", "trainer.max_steps", "trainer.max_epochs"}:
+        Console().print(
+            f"The length of this run is that of experiment={cfg.name}: {cfg.trainer.max_steps} steps. "
+            "For one pass over your own rows add experiment=own.",
+            soft_wrap=True,
+        )
+
+
+def _leave(cfg: DictConfig, folder: Path, recorder: RunRecorder, status: str, trainer: Trainer | None) -> None:
+    """Write result.json and the picture, give the adapter to the trackers and say where everything is."""
+    fields: dict[str, Any] = {"status": status, "overrides": list(HydraConfig.get().overrides.task), "seed": cfg.seed}
+    lora = None if trainer is None else next((c for c in trainer.callbacks if isinstance(c, LoraCallback)), None)  # type: ignore[attr-defined]
+    if trainer is not None:
+        tested = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("test_")}
+        fields |= tested
+    if lora is not None and lora.adapter_path is not None:
+        fields["adapter_path"] = str(lora.adapter_path)
+        fields["best_adapter_path"] = None if lora.best_adapter_path is None else str(lora.best_adapter_path)
+    result = recorder.write_result(folder / "result.json", **fields)
+    if (folder / "metrics.csv").is_file():
+        loss_picture(folder / "metrics.csv", folder / "loss.png", val_loss_before=recorder.fields["val_loss_before"])
+    content = recorder.fields | fields
+    if trainer is not None and "adapter_path" in fields:
+        kept = ("val_loss_before", "val_loss", "trainable_parameters", "total_parameters", "steps", "seed")
+        trackers.log_adapter(trainer.loggers, Path(fields["adapter_path"]), {key: content[key] for key in kept})
+    console = Console()
+    if status == "finished":
+        console.print(closing_table(content))
+    console.print(f"Run folder: {result.parent}", soft_wrap=True)
+
+
+def _metric(name: str | None, fields: dict[str, Any]) -> float | None:
+    if name is None:
+        return None
+    if fields.get(name) is None:
+        known = [key for key, value in fields.items() if isinstance(value, float)]
+        raise LoraConfigError(
+            f"optimized_metric={name!r} was not measured{did_you_mean(name, known)}. Measured were {', '.join(known)}"
+        )
+    return float(fields[name])
