@@ -26,7 +26,22 @@ _HOMES = {
     "save_adapter": "adapters",
     "unload_lora": "injection",
 }
-__all__ = [*sorted(_HOMES)]  # noqa: PLE0604
+__all__ = [
+    "AdapterError",
+    "LoraCallback",
+    "LoraConfig",
+    "LoraConfigError",
+    "LoraReport",
+    "inject_lora",
+    "load_adapter",
+    "load_from_checkpoint",
+    "lora_disabled",
+    "lora_parameters",
+    "lora_state_dict",
+    "merge_lora",
+    "save_adapter",
+    "unload_lora",
+]
 
 if TYPE_CHECKING:
     from lora_lightning.adapters import load_adapter, merge_lora, save_adapter

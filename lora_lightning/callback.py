@@ -22,7 +22,14 @@ from lora_lightning.adapters.folder import WEIGHTS_FILE
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import AdapterError, LoraConfigError, did_you_mean
 from lora_lightning.injection import LoraReport, check_config, freeze_base, inject_lora, lora_parameters, report_of
-from lora_lightning.injection.state import injected_roots, lora_layers, record_of, the_root, trained_in_full
+from lora_lightning.injection.state import (
+    injected_roots,
+    lora_layers,
+    record_of,
+    the_root,
+    trained_in_full,
+    weights_beside,
+)
 from lora_lightning.optim import keep_trainable
 from lora_lightning.strategies import PlainState, rng, state_for
 
@@ -189,12 +196,14 @@ class LoraCallback(pl.Callback):
         target = self._target(pl_module)
         asleep = 0
         for _, layer in lora_layers(target):
-            asleep += not layer.training  # type: ignore[attr-defined]  # an adapted layer is a module
-            layer.training = True  # type: ignore[attr-defined]
+            asleep += not layer.training
+            layer.training = True
         for _, module, _ in trained_in_full(target):
             module.training = True
         if asleep and any(layer.lora_dropout for _, layer in lora_layers(target)):
-            rank_zero_info(f"{asleep} LoRA layers were in eval mode; put in train mode, so that lora_dropout is in force")
+            rank_zero_info(
+                f"{asleep} LoRA layers were in eval mode; put in train mode, so that lora_dropout is in force"
+            )
         # Restored before the first iterator is made, which draws from them as the next epoch's would have.
         if (state := _state_of(trainer).rng) is not None:
             rng.restore(state)
@@ -206,7 +215,9 @@ class LoraCallback(pl.Callback):
             rng.restore(state.rng)
         state.rng = None
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
         """Stop at, or skip, a step whose gradients are not finite (a loss scaler does so by itself)."""
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             return
@@ -231,7 +242,7 @@ class LoraCallback(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the adapter folders."""
         folder = trainer.log_dir or trainer.default_root_dir  # log_dir talks to all ranks: ask before they part
-        if trainer.fast_dev_run or not trainer.is_global_zero:
+        if getattr(trainer, "fast_dev_run", False) or not trainer.is_global_zero:
             return
         place = Path(folder) / "adapter"
         place = _free(place if self.name == "default" else place / self.name)
@@ -270,7 +281,7 @@ def _check_trainer(trainer: Any) -> None:
     names = [callback.name for callback in _callbacks(trainer)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise LoraConfigError(
-            f"two LoraCallbacks have the name {twice[0]!r}: give each its own name=, and its own module= to inject below"
+            f"two LoraCallbacks have the name {twice[0]!r}: give each a name= and a module= of its own"
         )
 
 
@@ -313,9 +324,9 @@ def _free(path: Path) -> Path:
 
 def _save_tokenizer(trainer: pl.Trainer, pl_module: pl.LightningModule, folder: Path) -> None:
     for owner in (pl_module, getattr(trainer, "datamodule", None)):
-        tokenizer = getattr(owner, "tokenizer", None)
-        if hasattr(tokenizer, "save_pretrained"):
-            tokenizer.save_pretrained(folder)
+        save = getattr(getattr(owner, "tokenizer", None), "save_pretrained", None)
+        if callable(save):
+            save(folder)
             return
 
 
@@ -355,9 +366,10 @@ def _configure_model(callback: LoraCallback, pl_module: pl.LightningModule, prev
 
 
 def _configure_optimizers(callback: LoraCallback, pl_module: pl.LightningModule, previous: Any) -> Any:
-    freeze_base(callback._target(pl_module))  # parallel plans may have made parameters trainable since
+    target = callback._target(pl_module)
+    freeze_base(target)  # parallel plans may have made parameters trainable since
     configured = _call(pl_module, "configure_optimizers", previous)
-    return keep_trainable(configured, lora_parameters(callback._target(pl_module)))
+    return keep_trainable(configured, lora_parameters(target), weights_beside(target))
 
 
 _WRAPPERS = (_configure_model, _configure_optimizers)

@@ -56,7 +56,7 @@ def load_from_checkpoint(module_class: type[Module], ckpt_path: str | os.PathLik
 
 
 def _accepted(module_class: type, values: dict[str, Any]) -> dict[str, Any]:
-    parameters = inspect.signature(module_class.__init__).parameters
+    parameters = inspect.signature(module_class).parameters
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return {key: value for key, value in values.items() if not key.startswith("_")}
     return {key: value for key, value in values.items() if key in parameters}

@@ -60,8 +60,8 @@ class LoraConfig:
         layers_pattern: Name of the list of layers that the numbers count in, where it is not found by itself.
         rank_pattern: Other ranks for some layers: name or regular expression to rank; the first that matches counts.
         alpha_pattern: Other alphas for some layers, written like ``rank_pattern``.
-        init_lora_weights: True (``A`` Kaiming-uniform, ``B`` zero), False (left as allocated: both random), ``"gaussian"``
-            or ``"orthogonal"``.
+        init_lora_weights: True (``A`` Kaiming-uniform, ``B`` zero), False (both random), ``"gaussian"`` or
+            ``"orthogonal"``.
 
     Raises:
         LoraConfigError: With everything that is wrong, at once.

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import lora_lightning
@@ -245,9 +245,7 @@ def _check_fit(root: nn.Module, config: LoraConfig, given: Mapping[str, Tensor],
     """Refuse a file that leaves part of the adapter out, or that means another scale than the layers have."""
     problems = []
     if missing := sorted(name for name in own - given.keys() if not name.endswith(_STATISTICS)):
-        problems.append(
-            f"missing: {', '.join(missing[:4])}" + (f" and {len(missing) - 4} more" if missing[4:] else "")
-        )
+        problems.append(f"missing: {', '.join(missing[:4])}" + (f" and {len(missing) - 4} more" if missing[4:] else ""))
     for name, layer in lora_layers(root):
         r = int(pattern_value(config.rank_pattern, name, config.r))
         scaling = config.scaling(r, pattern_value(config.alpha_pattern, name, config.lora_alpha))
@@ -299,7 +297,5 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    aside = path.with_name(f".{path.name}.tmp")
     whole = {name: value.detach().to("cpu").contiguous().clone() for name, value in tensors.items()}
-    save_file(whole, aside, metadata={"format": "pt"})
-    os.replace(aside, path)
+    _write(path, save(whole, metadata={"format": "pt"}))  # save_file would make a file that only its owner reads

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
@@ -35,12 +33,12 @@ def merge_lora(model: nn.Module, *, safe: bool = True) -> None:
     if safe and (bad := [name for name, layer in layers.items() if not torch.isfinite(_merged(layer)).all()]):
         raise AdapterError(f"not merged, the result would not be finite in {', '.join(bad[:4])}")
     for layer in layers.values():
-        _weight(layer).copy_(_merged(layer))
+        layer.weight.copy_(_merged(layer))
     remove_adapter(model)
 
 
 def _merged(layer: LoraLayer) -> Tensor:
-    weight = _weight(layer)
+    weight = layer.weight
     exact = torch.promote_types(weight.dtype, torch.float32)
     a, b = layer.lora_A.data, layer.lora_B.data
     layer.lora_A.data, layer.lora_B.data = a.to(exact), b.to(exact)
@@ -50,16 +48,12 @@ def _merged(layer: LoraLayer) -> Tensor:
         layer.lora_A.data, layer.lora_B.data = a, b
 
 
-def _weight(layer: LoraLayer) -> Tensor:
-    return cast("Tensor", layer.weight)
-
-
 def _refuse_tied(model: nn.Module, layers: dict[str, LoraLayer]) -> None:
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name.rpartition(".")[0])
     for name, layer in layers.items():
-        others = [owner for owner in owners[id(_weight(layer))] if owner != name]
+        others = [owner for owner in owners[id(layer.weight)] if owner != name]
         if others:
             raise AdapterError(
                 f"not merged: the weight of {name} is tied to {', '.join(others)}, which would change with it. Untie "

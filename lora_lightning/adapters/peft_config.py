@@ -20,7 +20,11 @@ _LOG = logging.getLogger(__name__)
 # What PEFT writes about the adapter rather than into it.
 _ABOUT = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision"}
 # Values with which a field of PEFT's that is not ours does nothing.
-_DEFAULTS = {"megatron_core": "megatron.core", "qalora_group_size": 16, "runtime_config": {"ephemeral_gpu_offload": False}}
+_DEFAULTS = {
+    "megatron_core": "megatron.core",
+    "qalora_group_size": 16,
+    "runtime_config": {"ephemeral_gpu_offload": False},
+}
 
 
 def to_peft_config(root: nn.Module) -> dict[str, Any]:
@@ -47,7 +51,6 @@ def to_peft_config(root: nn.Module) -> dict[str, Any]:
         "inference_mode": True,
         "peft_type": "LORA",
         "revision": None,
-        "use_dora": False,
     }
     return dict(sorted(values.items()))
 

@@ -47,5 +47,3 @@ def short_targets(root: nn.Module) -> list[str]:
         exact = all(other in adapted for other in by_last.get(last, []))
         chosen.add(last if exact else name)
     return sorted(chosen)
-
-

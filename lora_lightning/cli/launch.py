@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +29,9 @@ def launch(config_name: str, job: Job, *, command: str | None = None) -> None:
         job: What to run, once for each job of a multirun.
         command: How the program is called, where ``sys.argv[0]`` does not say it.
     """
+    for stream in (sys.stdout, sys.stderr):  # into a file or a pipe too, what is said is to be seen when it is said
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True)
     if is_first_process():  # the others were started with what has been checked
         with told():
             check_command(sys.argv, config_name, command=command)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -24,7 +24,7 @@ from lora_lightning.injection.state import (
     record_of,
     trained_in_full,
 )
-from lora_lightning.injection.targets import resolve
+from lora_lightning.injection.targets import output_embeddings, resolve
 from lora_lightning.injection.unload import FAST_PATH, unload_lora
 from lora_lightning.layers import LoraLayer, adapt
 
@@ -61,7 +61,7 @@ def inject_lora(model: nn.Module, config: LoraConfig | Mapping[str, Any], *, see
             continue
         scaling = config.scaling(target.r, target.lora_alpha)
         adapt(target.layer, target.r, target.lora_alpha, scaling, config.lora_dropout)
-        initialise(target.layer, config.init_lora_weights, generator_for(seed, target.name))
+        initialise(cast("LoraLayer", target.layer), config.init_lora_weights, generator_for(seed, target.name))
     for module in plan.in_full.values():
         for part in module.modules():
             own = [name for name, _ in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))]
@@ -95,7 +95,7 @@ def report_of(model: nn.Module, heads: tuple[str, ...] = ()) -> LoraReport:
     prefix = next((f"{name}." for name in injected_roots(model) if name), "")
     rows = []
     for name, layer in lora_layers(model):
-        sides = layer.lora_sides(layer)  # type: ignore[arg-type]  # an adapted layer is a module
+        sides = layer.lora_sides(layer)
         weight = layer.lora_A.numel() + layer.lora_B.numel()
         rows.append(
             LoraRow(name.removeprefix(prefix), layer.lora_kind, sides, layer.lora_r, layer.lora_scaling, weight)
@@ -117,7 +117,7 @@ def frozen_heads(model: nn.Module, root: nn.Module, in_full: set[int]) -> tuple[
     In a model that is trainable as a whole these are the modules beside the transformers backbone: a fresh head, or
     layers of the LightningModule around it. In one that was frozen in part, all that was left trainable.
     """
-    head = root.get_output_embeddings() if callable(getattr(root, "get_output_embeddings", None)) else None
+    head = output_embeddings(root)
     backbone = getattr(root, str(getattr(root, "base_model_prefix", "")), root) or root
     whole = all(p.requires_grad for p in root.parameters())
     known = in_full | _parts(head) | (_parts(backbone) if whole else set())
@@ -182,6 +182,3 @@ def _encoder_layers(root: nn.Module) -> Iterator[nn.TransformerEncoderLayer]:
 
 def _numel(parameter: nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))  # ZeRO-3 leaves a parameter empty and keeps its size
-
-
-

@@ -22,7 +22,7 @@ def canonical(name: str) -> str:
 
 
 def canonical_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module below (and with) ``model`` once, by canonical name; a wrapper and its content count as the content."""
+    """Every module below (and with) ``model`` once, by canonical name; a wrapper counts as its content."""
     seen: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         seen[canonical(name)] = module  # the content comes after its wrapper and takes the name

@@ -13,7 +13,7 @@ class LoraRow:
 
     Attributes:
         name: Canonical name below the root.
-        kind: Kind of layer: ``Linear``, ``Conv1D``, ``Embedding``; ``in full`` or ``bias`` for what trains without a rank.
+        kind: Kind of layer: ``Linear``, ``Conv1D``, ``Embedding``; ``in full`` or ``bias`` where there is no rank.
         shape: ``(in, out)`` of the layer.
         r: Rank, 0 where trained in full.
         scaling: The scale ``s`` of the update.
@@ -99,10 +99,14 @@ class LoraReport:
     HEADINGS = ("layer", "kind", "in → out", "count", "r", "scale", "parameters")
 
     def __rich__(self) -> Any:
-        """A rich table."""
+        """The table, under the report in one line."""
+        return self.table(self.line())
+
+    def table(self, title: str) -> Any:
+        """A rich table with a line for all layers that are alike."""
         from rich.table import Table
 
-        table = Table(title=self.line(), title_justify="left", title_style="bold")
+        table = Table(title=title, title_justify="left")
         for heading in self.HEADINGS:
             table.add_column(heading, justify="left" if heading in ("layer", "kind") else "right")
         for row in self.summary():

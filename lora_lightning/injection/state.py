@@ -97,6 +97,11 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in tensors if isinstance(p, nn.Parameter) and p.requires_grad}
 
 
+def weights_beside(model: nn.Module) -> dict[str, Tensor]:
+    """The base weight of the layer that a low-rank parameter belongs to, by that parameter's canonical name."""
+    return {_join(name, part): layer.weight for name, layer in lora_layers(model) for part in ("lora_A", "lora_B")}
+
+
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """All that is not the frozen base, by canonical name; the tensors are the model's own, not copies.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -35,11 +35,11 @@ class Plan:
 
 
 def matches(names: str | list[str], name: str) -> bool:
-    """Whether a module name is meant: the whole of a regular expression, or equal to or ending in a list's entry.
+    r"""Whether a module name is meant: the whole of a regular expression, or equal to or ending in a list's entry.
 
     >>> matches(["q_proj"], "layers.0.q_proj"), matches(["q_proj"], "layers.0.my_q_proj")
     (True, False)
-    >>> matches(r".*\\.(q|v)_proj", "layers.0.v_proj")
+    >>> matches(r".*\.(q|v)_proj", "layers.0.v_proj")
     True
     """
     if isinstance(names, str):
@@ -47,10 +47,10 @@ def matches(names: str | list[str], name: str) -> bool:
     return any(name == entry or name.endswith(f".{entry}") for entry in names)
 
 
-def pattern_value(patterns: dict[str, float], name: str, default: float) -> float:
-    """The value of the first key that matches the end of a name, or the default.
+def pattern_value(patterns: Mapping[str, float], name: str, default: float) -> float:
+    r"""The value of the first key that matches the end of a name, or the default.
 
-    >>> pattern_value({"q_proj": 4, r"layers\\.1\\..*": 2}, "layers.1.v_proj", 8)
+    >>> pattern_value({"q_proj": 4, r"layers\.1\..*": 2}, "layers.1.v_proj", 8)
     2
     """
     key = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
@@ -144,9 +144,15 @@ def _of_layers(names: list[str], config: LoraConfig, problems: list[str]) -> lis
     return [name for name in names if numbers.get(name) in wanted]
 
 
+def output_embeddings(root: nn.Module) -> nn.Module | None:
+    """The output head of a transformers model that has one (a classifier's does not count), else None."""
+    get = getattr(root, "get_output_embeddings", None)
+    return get() if callable(get) else None
+
+
 def _heads(root: nn.Module, config: LoraConfig) -> list[nn.Module]:
     """What ``"all-linear"`` leaves out: the output embedding, or the head that the task type trains in full."""
-    head = root.get_output_embeddings() if callable(getattr(root, "get_output_embeddings", None)) else None
+    head = output_embeddings(root)
     if head is not None:
         return [head]
     named = (getattr(root, name, None) for name in TASK_HEADS.get(config.task_type or "", ()))

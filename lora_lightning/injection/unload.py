@@ -78,14 +78,14 @@ def remove_adapter(model: nn.Module) -> None:
     """
     layers = dict(lora_layers(model))
     for name, layer in layers.items():
-        if plain_class(layer) is None:  # type: ignore[arg-type]  # an adapted layer is a module
+        if plain_class(layer) is None:
             raise AdapterError(
                 f"{name} cannot be made plain again: its class is {type(layer).__name__} now, which is not one that "
                 "injection gave it (fully_shard changes classes too). Take off what changed it first, or load the "
                 "saved adapter into a fresh model"
             )
     for layer in layers.values():
-        restore(layer)  # type: ignore[arg-type]
+        restore(layer)
     for module in model.modules():
         vars(module).pop(ORIGINALS, None)
         if FAST_PATH in vars(module):

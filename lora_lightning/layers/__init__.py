@@ -5,9 +5,8 @@ One file a kind of layer. A new kind is one new file and one line in :data:`KIND
 
 from __future__ import annotations
 
-import functools
 import sys
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -17,7 +16,17 @@ from lora_lightning.layers.embedding import LoraEmbedding, LoraOverEmbedding
 from lora_lightning.layers.hazards import detached_hook, why_not
 from lora_lightning.layers.linear import LoraLinear, LoraOverLinear
 
-__all__ = ["LoraEmbedding", "LoraLayer", "LoraLinear", "adapt", "is_linear", "kind_of", "plain_class", "restore", "why_not"]
+__all__ = [
+    "LoraEmbedding",
+    "LoraLayer",
+    "LoraLinear",
+    "adapt",
+    "is_linear",
+    "kind_of",
+    "plain_class",
+    "restore",
+    "why_not",
+]
 
 # (class with a forward of its own, class that adds to any forward)
 KINDS: list[tuple[type[LoraLayer], type[LoraLayer]]] = [
@@ -59,7 +68,7 @@ def adapt(layer: nn.Module, r: int, lora_alpha: float, scaling: float, dropout: 
     if kind is None or isinstance(layer, LoraLayer):
         raise TypeError(f"no adapter can be added to a layer of class {type(layer).__name__}")
     n_in, n_out = kind.lora_sides(layer)
-    weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+    weight = cast("torch.Tensor", layer.weight)
     options: dict[str, Any] = {"dtype": adapter_dtype(weight), "device": weight.device}
     with detached_hook(layer):
         layer.register_parameter("lora_A", nn.Parameter(torch.empty(r, n_in, **options)))
@@ -67,7 +76,7 @@ def adapt(layer: nn.Module, r: int, lora_alpha: float, scaling: float, dropout: 
         layer.__dict__.update(
             lora_r=r, lora_alpha=lora_alpha, lora_scaling=scaling, lora_dropout=dropout, lora_enabled=True
         )
-        layer.__class__ = kind
+        layer.__class__ = kind  # type: ignore[assignment]  # a subclass of what it was
 
 
 def restore(layer: nn.Module) -> None:
@@ -95,11 +104,17 @@ def plain_class(layer: nn.Module) -> type[nn.Module] | None:
 
 
 _PLAIN_OF: dict[type, type[nn.Module]] = {}
+_LORA_OF: dict[type, type[LoraLayer] | None] = {}
 
 
-@functools.cache
 def _lora_class(plain: type[nn.Module]) -> type[LoraLayer] | None:
     """The LoRA class over a plain one: ours where we know it, else one made once, which pickles by its base."""
+    if plain not in _LORA_OF:
+        _LORA_OF[plain] = _find_or_make(plain)
+    return _LORA_OF[plain]
+
+
+def _find_or_make(plain: type[nn.Module]) -> type[LoraLayer] | None:
     for own, over in _kinds():
         base = own.lora_base_class
         if plain is base:
@@ -115,8 +130,8 @@ def _lora_class(plain: type[nn.Module]) -> type[LoraLayer] | None:
 
 
 def _reduce(layer: nn.Module, protocol: int) -> tuple:
-    _, _, *rest = object.__reduce_ex__(layer, protocol)
-    return (_rebuild, (_PLAIN_OF[type(layer)],), *rest)
+    reduced = cast("tuple", object.__reduce_ex__(layer, protocol))
+    return (_rebuild, (_PLAIN_OF[type(layer)],), *reduced[2:])
 
 
 def _rebuild(plain: type[nn.Module]) -> nn.Module:

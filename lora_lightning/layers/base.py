@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+# A mixin beside a module class at run time; to a type checker it is the module that it is part of.
+if TYPE_CHECKING:
+    _Module = nn.Module
+else:
+    _Module = object
 
-class LoraLayer:
+
+class LoraLayer(_Module):
     """Mixin of every adapted layer: a layer that kept its identity and got ``lora_A`` and ``lora_B`` of its own.
 
     The update of the weight is ``s · B A`` with ``lora_A`` of shape ``(r, in)`` and ``lora_B`` of shape ``(out, r)``.
@@ -52,18 +58,20 @@ class LoraLayer:
         """``s · B A`` in the shape of the base weight, in the adapter's dtype."""
         raise NotImplementedError
 
+    weight: Any  # the base's: a tensor, or what a quantised layer keeps instead
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus the adapter's, whatever the base class does with ``x``."""
-        out = super().forward(x, *args, **kwargs)  # type: ignore[misc]  # nn.Module comes later in the order of bases
+        out = super().forward(x, *args, **kwargs)
         return out + self.lora_delta(x).to(out.dtype) if self.lora_enabled else out
 
     def extra_repr(self) -> str:
         """The base layer's description with rank and scale behind it."""
-        return f"{super().extra_repr()}, r={self.lora_r}, scaling={self.lora_scaling:g}"  # type: ignore[misc]
+        return f"{super().extra_repr()}, r={self.lora_r}, scaling={self.lora_scaling:g}"
 
     @property
     def _active_dropout(self) -> float:
-        return self.lora_dropout if self.training else 0.0  # type: ignore[attr-defined]
+        return self.lora_dropout if self.training else 0.0
 
 
 def adapter_dtype(weight: Tensor) -> torch.dtype:

@@ -34,7 +34,7 @@ class LoraOverConv1D(LoraOverLinear):
 class LoraConv1D(LoraOverConv1D, Conv1D):
     """``Conv1D`` with a low-rank update, ``y = x W + b + s · (drop(x) Aᵀ) Bᵀ``."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # as Conv1D's
         """``(..., in) -> (..., out)``."""
         if not self.lora_enabled:
             return Conv1D.forward(self, x)

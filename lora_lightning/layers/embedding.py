@@ -40,5 +40,5 @@ class LoraOverEmbedding(LoraLayer):
         return self.lora_scaling * (self.lora_B @ self.lora_A).t()
 
 
-class LoraEmbedding(LoraOverEmbedding, nn.Embedding):
+class LoraEmbedding(LoraOverEmbedding, nn.Embedding):  # type: ignore[misc]  # forward takes one argument
     """``nn.Embedding`` with a low-rank update, ``y = W[x] + s · A[:, x]ᵀ Bᵀ``."""

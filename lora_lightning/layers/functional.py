@@ -6,10 +6,12 @@ the rank. Source of the update: LoRA, arXiv 2106.09685, section 4.1.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 
 def lora_linear(
@@ -100,7 +102,7 @@ class _LoraLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], y.shape[-1]), xa, mask
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor | None]) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor | None]) -> None:
         x, weight, bias, lora_a, lora_b, ctx.scaling, ctx.dropout = inputs
         _, xa, mask = output
         ctx.mark_non_differentiable(*([xa] if mask is None else [xa, mask]))
@@ -118,13 +120,14 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, lora_a, lora_b, xa, mask = ctx.saved_tensors
         needs_x, needs_w, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:5]
         dx = dw = dbias = da = db = None
         dy_flat = dy.reshape(-1, dy.shape[-1])  # (T, out)
         share = 1.0 if mask is None else kept_share(dy, ctx.dropout)
-        g = ctx.scaling * (dy_flat @ lora_b) if needs_x or needs_a else None  # (T, r)
+        if needs_x or needs_a:
+            g = ctx.scaling * (dy_flat @ lora_b)  # (T, r)
         if needs_x:
             dx = dy_flat @ weight  # (T, in)
             if mask is None:
@@ -132,7 +135,8 @@ class _LoraLinear(torch.autograd.Function):
             else:
                 dx.add_(torch.where(mask, g @ lora_a, 0), alpha=1 / share)
             dx = dx.view(*dy.shape[:-1], dx.shape[-1])
-        x_flat = None if x is None else x.reshape(-1, x.shape[-1])
+        if needs_a or needs_w:
+            x_flat = x.reshape(-1, x.shape[-1])
         if needs_a:
             kept = x_flat if mask is None else torch.where(mask, x_flat, 0)
             da = (g.t() / share) @ kept  # (r, in)

@@ -41,7 +41,9 @@ def _why_not_hooked(layer: nn.Module) -> str | None:
             "inject before whatever replaced it (for transformers: load without tp_plan)"
         )
     if getattr(hook, "offload", False):
-        return "accelerate keeps its weight off the device (cpu or disk offload), which cannot be trained: load it whole"
+        return (
+            "accelerate keeps its weight off the device (cpu or disk offload), which cannot be trained: load it whole"
+        )
     return None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -14,9 +14,7 @@ class LoraOverLinear(LoraLayer):
     """Adapter over a subclass of ``nn.Linear`` that has a forward of its own: the update is added to its output."""
 
     lora_kind = "Linear"
-    lora_base_class = nn.Linear
-    weight: Tensor
-    bias: Tensor | None
+    lora_base_class: ClassVar[type[nn.Module]] = nn.Linear
 
     @staticmethod
     def lora_sides(layer: nn.Module) -> tuple[int, int]:
@@ -37,7 +35,7 @@ class LoraOverLinear(LoraLayer):
 class LoraLinear(LoraOverLinear, nn.Linear):
     """``nn.Linear`` with a low-rank update, ``y = x Wᵀ + b + s · (drop(x) Aᵀ) Bᵀ``."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # as nn.Linear's
         """``(..., in) -> (..., out)``."""
         if not self.lora_enabled:
             return nn.Linear.forward(self, x)

@@ -5,33 +5,46 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lora_lightning.errors import LoraConfigError
 
 
-def keep_trainable(configured: Any, adapters: Mapping[str, nn.Parameter]) -> Any:
+def keep_trainable(
+    configured: Any, adapters: Mapping[str, nn.Parameter], beside: Mapping[str, Tensor] | None = None
+) -> Any:
     """Take parameters that do not train out of every optimizer in a result of ``configure_optimizers``, in place.
 
-    Groups that become empty stay, so that schedulers with one function a group stay aligned.
+    Groups that become empty stay, so that schedulers with one function a group stay aligned. An adapter parameter
+    that no optimizer has joins the group that its layer's weight is in: LightningCLI makes optimizers before there
+    are adapters.
 
     Args:
         configured: What ``configure_optimizers`` returned: optimizers, schedulers, lists, tuples, dicts, or None.
         adapters: The adapter's parameters by name; each must be in some optimizer.
+        beside: The base weight that an adapter parameter belongs to, by the adapter parameter's name.
 
     Returns:
         ``configured``, the same object.
 
     Raises:
-        LoraConfigError: If an adapter parameter is in no optimizer.
+        LoraConfigError: If an adapter parameter is in no optimizer, nor its layer's weight.
     """
     optimizers = list({id(optimizer): optimizer for optimizer in _optimizers(configured)}.values())
-    for optimizer in optimizers:
-        _filter(optimizer)
     if not optimizers:
         return configured
-    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    group_of = {id(p): group for group in groups for p in group["params"]}
+    for name, parameter in adapters.items():
+        home = group_of.get(id((beside or {}).get(name)))
+        if id(parameter) not in group_of and home is not None:
+            home["params"].append(parameter)
+            if "param_names" in home:
+                home["param_names"].append(name)
+    for optimizer in optimizers:
+        _filter(optimizer)
+    held = {id(p) for group in groups for p in group["params"]}
     if left_out := [name for name, parameter in adapters.items() if id(parameter) not in held]:
         more = f" and {len(left_out) - 3} more" if left_out[3:] else ""
         raise LoraConfigError(

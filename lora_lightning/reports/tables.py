@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-
-class _Row(Protocol):
-    """What is needed of a row of a `LoraReport`: one adapted layer."""
-
-    name: str
-    kind: str
-    shape: Sequence[int]
-    r: int
-    scaling: float
-    parameters: int
-
-
-class _Report(Protocol):
-    """What is needed of a `LoraReport`."""
-
-    rows: Sequence[_Row]
-    trainable_parameters: int
-    total_parameters: int
+from lora_lightning.injection import LoraReport
 
 
 def effective_batch(rows: int, accumulated: int = 1, devices: int = 1) -> str:
@@ -46,7 +28,7 @@ def effective_batch(rows: int, accumulated: int = 1, devices: int = 1) -> str:
 
 
 def first_table(
-    report: _Report,
+    report: LoraReport,
     *,
     batch_size: int | None = None,
     accumulate: int = 1,
@@ -62,25 +44,15 @@ def first_table(
         devices: Devices, each with batches of its own.
         **facts: More lines, by name (``_`` shown as a blank); those that are None are left out.
     """
-    layers = Table(title="Adapted layers", title_justify="left")
-    for heading in ("Layers", "Name", "Kind", "Shape", "r", "Scale", "Parameters"):
-        layers.add_column(heading, justify="left" if heading in ("Name", "Kind", "Shape") else "right")
-    counts: Counter[tuple[str, ...]] = Counter()
-    parameters: dict[tuple[str, ...], int] = defaultdict(int)
-    for row in report.rows:
-        shape = " × ".join(str(size) for size in row.shape)
-        rank, scale = (str(row.r), f"{row.scaling:.4g}") if row.r else ("–", "–")  # trained in full: it has neither
-        like: tuple[str, ...] = (row.name.rpartition(".")[2], row.kind, shape, rank, scale)
-        counts[like] += 1
-        parameters[like] += row.parameters
-    for like, count in counts.items():
-        layers.add_row(str(count), *map(Text, like), f"{parameters[like]:,}")
-    share = report.trainable_parameters / max(1, report.total_parameters)
     lines = {
-        "Trains": f"{report.trainable_parameters:,} of {report.total_parameters:,} parameters ({share:.2%})",
+        "Trains": f"{report.trainable_parameters:,} of {report.total_parameters:,} parameters "
+        f"({report.trainable_share:.2%})",
         "One step": None if batch_size is None else effective_batch(batch_size, accumulate, devices),
     }
-    return Group(layers, _pairs(lines | {key.replace("_", " ").capitalize(): facts[key] for key in facts}))
+    return Group(
+        report.table("Adapted layers"),
+        _pairs(lines | {key.replace("_", " ").capitalize(): facts[key] for key in facts}),
+    )
 
 
 def closing_table(result: Mapping[str, Any]) -> RenderableType:

@@ -80,7 +80,9 @@ def test_the_config_file_means_the_same_when_read_again(model_name, fields, requ
     load_adapter(again, first)
     second = save_adapter(again, tmp_path / "two")
     assert (first / "adapter_config.json").read_bytes() == (second / "adapter_config.json").read_bytes()
-    assert load_file(first / "adapter_model.safetensors").keys() == load_file(second / "adapter_model.safetensors").keys()
+    assert (
+        load_file(first / "adapter_model.safetensors").keys() == load_file(second / "adapter_model.safetensors").keys()
+    )
 
 
 @settings(max_examples=15, deadline=None)
@@ -260,7 +262,9 @@ def test_what_trains_around_the_transformers_model_has_a_file_of_its_own(llama, 
     shake(around)
     folder = save_adapter(around, tmp_path / "a")
     assert load_file(folder / "modules_outside.safetensors").keys() == {"value_head.weight", "value_head.bias"}
-    assert all(key.startswith("base_model.model.model.layers") for key in load_file(folder / "adapter_model.safetensors"))
+    assert all(
+        key.startswith("base_model.model.model.layers") for key in load_file(folder / "adapter_model.safetensors")
+    )
     alone = copy.deepcopy(fresh["model"])
     load_adapter(fresh, folder)
     assert torch.equal(fresh["value_head"].weight, around["value_head"].weight)

@@ -166,7 +166,7 @@ def test_the_folder_from_a_checkpoint_without_the_base_equals_the_one_from_the_m
         assert (folder / name).read_bytes() == (callback.adapter_path / name).read_bytes()
     keys = load_file(folder / "adapter_model.safetensors").keys()
     assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in keys
-    with pytest.raises(AdapterError, match="no adapter 'defalt' .did you mean default"):
+    with pytest.raises(AdapterError, match=r"no adapter 'defalt' \(did you mean default"):
         adapter_from_checkpoint(tmp_path / "end.ckpt", tmp_path / "other", name="defalt")
 
 
@@ -176,7 +176,11 @@ def test_what_is_no_adapter_checkpoint_is_refused(module, make_trainer, module_c
     plain.save_checkpoint(tmp_path / "full.ckpt")
     (tmp_path / "cut.ckpt").write_bytes((tmp_path / "full.ckpt").read_bytes()[:-500])
     torch.save({"x": functools.partial(print)}, tmp_path / "code.ckpt")
-    for name, message in (("full", "not written with a LoraCallback"), ("cut", "cannot be read"), ("code", "weights_only")):
+    for name, message in (
+        ("full", "not written with a LoraCallback"),
+        ("cut", "cannot be read"),
+        ("code", "weights_only"),
+    ):
         with pytest.raises(AdapterError, match=message):
             adapter_from_checkpoint(tmp_path / f"{name}.ckpt", tmp_path / "out")
     with pytest.raises(AdapterError, match="no checkpoint file"):
@@ -340,7 +344,9 @@ def test_base_adapter_is_folded_in_and_the_chain_recorded(make_network, module_c
         torch.testing.assert_close(module.net.eval()[0](x), network[0](x))
     path = trainer.checkpoint_callback.best_model_path
     again = module_class()
-    make_trainer(LoraCallback({"r": 1}, base_adapter=folder, module="net")).validate(again, ckpt_path=path, verbose=False)
+    make_trainer(LoraCallback({"r": 1}, base_adapter=folder, module="net")).validate(
+        again, ckpt_path=path, verbose=False
+    )
     torch.testing.assert_close(again.net.eval()(x), module.net.eval()(x))
     fresh = make_network()
     with pytest.warns(UserWarning, match="folded in"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-SCRIPT = '''
+SCRIPT = """
 import sys
 import lightning.pytorch as pl
 import torch
@@ -42,11 +42,14 @@ trainer = pl.Trainer(
     max_epochs=epochs, accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto",
     use_distributed_sampler=False, default_root_dir=out, logger=False, enable_progress_bar=False,
     enable_model_summary=False,
-    callbacks=[LoraCallback(LoraConfig(r=2, lora_alpha=4)), ModelCheckpoint(out + "/ckpt", filename="{epoch}", save_top_k=-1)],
+    callbacks=[
+        LoraCallback(LoraConfig(r=2, lora_alpha=4)),
+        ModelCheckpoint(out + "/ckpt", filename="{epoch}", save_top_k=-1),
+    ],
 )
 trainer.fit(module, DataLoader(data, batch_size=8), ckpt_path=ckpt)
 torch.save(lora_state_dict(module), f"{out}/rank{trainer.global_rank}.pt")
-'''
+"""
 
 
 def _run(tmp_path: Path, name: str, devices: int, epochs: int = 3, ckpt: Path | None = None) -> Path:

@@ -158,7 +158,7 @@ def test_a_module_that_is_not_there(module, make_trainer):
 
 
 def test_two_callbacks_of_one_name_are_refused(module, make_trainer):
-    with pytest.raises((LoraConfigError, RuntimeError), match="name|state_key"):
+    with pytest.raises((LoraConfigError, RuntimeError), match=r"name|state_key"):
         make_trainer(LoraCallback(CONFIG), LoraCallback(CONFIG)).fit(module)
 
 

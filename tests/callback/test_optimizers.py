@@ -84,6 +84,19 @@ def test_an_adapter_in_no_optimizer_is_an_error(module_class, make_trainer):
         make_trainer(LoraCallback(CONFIG)).fit(Partly())
 
 
+def test_an_optimizer_made_before_injection_takes_the_adapters_of_its_layers(module_class, make_trainer):
+    module = module_class()
+    first = torch.optim.SGD(module.net[0].parameters(), lr=1e-2)
+    last = torch.optim.SGD([{"params": [module.net[3].bias]}, {"params": [module.net[3].weight]}], lr=1e-2)
+    module.automatic_optimization = False
+    module.configure_optimizers = lambda: [first, last]
+    module.training_step = lambda batch, batch_idx: None
+    make_trainer(LoraCallback(CONFIG), fast_dev_run=True).fit(module)
+    assert [id(p) for p in first.param_groups[0]["params"]] == [id(module.net[0].lora_A), id(module.net[0].lora_B)]
+    assert last.param_groups[0]["params"] == []
+    assert [id(p) for p in last.param_groups[1]["params"]] == [id(module.net[3].lora_A), id(module.net[3].lora_B)]
+
+
 def test_gradients_that_are_not_finite_stop_or_skip(module_class, make_trainer):
     from lora_lightning import AdapterError
 

@@ -268,6 +268,7 @@ def test_importing_the_package_is_light():
     import subprocess
     import sys
 
-    code = "import lora_lightning, sys; print([m for m in ('torch','lightning','hydra','transformers') if m in sys.modules])"
+    heavy = ("torch", "lightning", "hydra", "transformers")
+    code = f"import lora_lightning, sys; print([name for name in {heavy} if name in sys.modules])"
     env = {**os.environ, "PYTHONPATH": os.getcwd()}
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env).stdout.strip() == "[]"

@@ -1,11 +1,12 @@
 import io
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from lora_lightning.injection import LoraReport, LoraRow
 from lora_lightning.reports import closing_table, first_table
 from lora_lightning.reports.tables import effective_batch
 
@@ -17,27 +18,27 @@ def printed(renderable):
 
 
 @pytest.fixture
-def report():
-    rows = [
-        SimpleNamespace(
-            name=f"model.layers.{layer}.self_attn.{kind}_proj", kind="Linear", shape=(576, 576), r=16, scaling=2.0,
-            parameters=18_432,
-        )
+def rows():
+    layers = [
+        LoraRow(f"model.layers.{layer}.self_attn.{kind}_proj", "Linear", (576, 576), 16, 2.0, 18_432)
         for layer in range(30)
         for kind in "qv"
-    ]  # fmt: skip
-    rows.append(SimpleNamespace(name="head", kind="in full", shape=(576, 5), r=0, scaling=0.0, parameters=2_885))
-    return SimpleNamespace(rows=rows, trainable_parameters=1_108_805, total_parameters=135_000_000)
+    ]
+    return [*layers, LoraRow("head", "in full", (576, 5), 0, 0.0, 2_885)]
 
 
-def test_first_table(report):
-    text = printed(first_table(report, batch_size=4, accumulate=2, devices=2, training_rows=1000, nothing=None))
+def report(rows):
+    return LoraReport(rows, trainable_parameters=1_108_805, total_parameters=135_000_000)
+
+
+def test_first_table(rows):
+    text = printed(first_table(report(rows), batch_size=4, accumulate=2, devices=2, training_rows=1000, nothing=None))
     lines = [line.split("│") for line in text.splitlines() if "│" in line]
     cells = [[cell.strip() for cell in line[1:-1]] for line in lines]
     assert cells == [
-        ["30", "q_proj", "Linear", "576 × 576", "16", "2", "552,960"],
-        ["30", "v_proj", "Linear", "576 × 576", "16", "2", "552,960"],
-        ["1", "head", "in full", "576 × 5", "–", "–", "2,885"],
+        ["q_proj", "Linear", "576 → 576", "30", "16", "2", "552,960"],
+        ["v_proj", "Linear", "576 → 576", "30", "16", "2", "552,960"],
+        ["head", "in full", "576 → 5", "1", "-", "-", "2,885"],
     ]
     assert "1,108,805 of 135,000,000 parameters (0.82%)" in text
     assert "4 rows × 2 accumulated × 2 devices = 16" in text
@@ -45,10 +46,10 @@ def test_first_table(report):
     assert "Nothing" not in text
 
 
-def test_different_ranks_stand_apart(report):
-    report.rows[0].r = 64
-    assert "29" in printed(first_table(report))
-    assert "One step" not in printed(first_table(report))
+def test_different_ranks_stand_apart(rows):
+    rows[0] = replace(rows[0], r=64)
+    assert "29" in printed(first_table(report(rows)))
+    assert "One step" not in printed(first_table(report(rows)))
 
 
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 64))
