@@ -16,9 +16,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.optim import Optimizer
 
-from lora_lightning.adapters import load_adapter, merge_lora, read_config, read_record, save_adapter
+from lora_lightning.adapters import load_adapter, read_config, save_adapter
 from lora_lightning.adapters.checkpoint import adapter_from_checkpoint, checkpoint_entry
-from lora_lightning.adapters.folder import WEIGHTS_FILE
+from lora_lightning.adapters.folder import WEIGHTS_FILE, chain_of
+from lora_lightning.adapters.merge import fold_in
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import AdapterError, LoraConfigError, did_you_mean
 from lora_lightning.injection import LoraReport, check_config, freeze_base, inject_lora, lora_parameters, report_of
@@ -96,7 +97,7 @@ class LoraCallback(pl.Callback):
         self.adapter_path: Path | None = None
         self.best_adapter_path: Path | None = None
         self._entry: dict[str, Any] | None = None
-        self._logged = False
+        self._logged: set[int] = set()
 
     @property
     def state_key(self) -> str:
@@ -111,15 +112,11 @@ class LoraCallback(pl.Callback):
         state = _state_of(trainer)
         state.rng = None
         state.attach(functools.partial(_entries, trainer, pl_module))
-        pending = is_overridden("configure_model", pl_module)
-        if not pending:
-            try:
-                self._inject(trainer, pl_module)
-            except LoraConfigError:
-                if not is_overridden("setup", pl_module):
-                    raise
-                # The network may be built in LightningModule.setup, which runs next; after it errors count.
-        _wrap(pl_module, "configure_model", _configure_model, self)
+        if is_overridden("setup", pl_module) or is_overridden("configure_model", pl_module):
+            # The network, or part of it, may be built there; what wraps configure_model runs after both.
+            _wrap(pl_module, "configure_model", _configure_model, self)
+        else:
+            self._inject(trainer, pl_module)
         if stage == "fit":
             _wrap(pl_module, "configure_optimizers", _configure_optimizers, self)
 
@@ -127,22 +124,33 @@ class LoraCallback(pl.Callback):
         target = self._target(pl_module)
         fresh = not injected_roots(target)
         config = self._config_for(target, pl_module)
-        if fresh and self.base_adapter is not None:
-            check_config(target, config)  # before the base is changed
-            _fold_in(target, self.base_adapter)
+        if self.base_adapter is not None:
+            self._fold_in(target, config, self.base_adapter)
         report = inject_lora(target, config)
         if fresh and self.base_adapter is not None:
-            record_of(the_root(target)[1]).bases = _chain(self.base_adapter)
-        if self.adapter is not None:
-            self._load_adapter(target)
+            record_of(the_root(target)[1]).bases = chain_of(self.base_adapter)
+        if self.adapter is not None and record_of(the_root(target)[1]).source != str(Path(self.adapter).resolve()):
+            load_adapter(target, self.adapter, trainable=True)
         if fresh or self.report is None:
             self._entry = None
             self._tell(report)
-        self.report = report_of(pl_module, report.frozen_heads or (self.report.frozen_heads if self.report else ()))
-        if not self._logged:
-            self._logged = True
-            for logger in trainer.loggers:
-                logger.log_hyperparams(self.report.facts())
+        heads = report.frozen_heads or (self.report.frozen_heads if self.report else ())
+        self.report = report_of(target, heads, whole=pl_module)
+        for logger in trainer.loggers:
+            if id(logger) not in self._logged:
+                self._logged.add(id(logger))
+                logger.log_hyperparams(self.report.facts("" if self.name == "default" else f"{self.name}/"))
+
+    def _fold_in(self, target: nn.Module, config: LoraConfig, folder: str) -> None:
+        roots = injected_roots(target)
+        if not roots:
+            check_config(target, config)  # before the base is changed
+            fold_in(target, folder)
+        elif folder not in record_of(next(iter(roots.values()))).bases:
+            raise LoraConfigError(
+                f"base_adapter={folder!r} has to be folded in before injection, and this model is injected already: "
+                "call load_adapter and merge_lora ahead of inject_lora, or leave injection to the callback"
+            )
 
     def _target(self, pl_module: pl.LightningModule) -> nn.Module:
         if self.module is None:
@@ -161,9 +169,10 @@ class LoraCallback(pl.Callback):
         earlier = injected_roots(target)
         if self.config is None and earlier:
             return record_of(next(iter(earlier.values()))).config
-        config = self.config
-        if config is None:
-            config = balanced() if self.adapter is None else read_config(target, self.adapter)
+        saved = None if self.adapter is None else read_config(target, self.adapter)
+        config = self.config or saved or balanced()
+        if self.config is not None and saved is not None:
+            _refuse_contradiction(self.config, saved, str(self.adapter))
         task = getattr(pl_module, "lora_task_type", None)
         if task is not None and config.task_type not in (None, task):
             raise LoraConfigError(
@@ -173,13 +182,6 @@ class LoraCallback(pl.Callback):
         if task is not None and config.task_type is None:
             config = LoraConfig.from_dict(config.to_dict() | {"task_type": task})
         return config
-
-    def _load_adapter(self, target: nn.Module) -> None:
-        record = record_of(the_root(target)[1])
-        if record.source == self.adapter:
-            return
-        load_adapter(target, self.adapter or "", trainable=True)
-        record.source = self.adapter
 
     def _tell(self, report: LoraReport) -> None:
         rank_zero_info(report.line())
@@ -198,8 +200,9 @@ class LoraCallback(pl.Callback):
         for _, layer in lora_layers(target):
             asleep += not layer.training
             layer.training = True
-        for _, module, _ in trained_in_full(target):
-            module.training = True
+        for _, module, originals in trained_in_full(target):
+            if list(originals) != ["bias"]:  # of a layer whose bias alone trains, the rest stays as it was
+                module.training = True
         if asleep and any(layer.lora_dropout for _, layer in lora_layers(target)):
             rank_zero_info(
                 f"{asleep} LoRA layers were in eval mode; put in train mode, so that lora_dropout is in force"
@@ -278,11 +281,27 @@ def _check_trainer(trainer: Any) -> None:
             "lightning.pytorch, and the two do not mix: write `from lightning.pytorch import Trainer` (and "
             "LightningModule)"
         )
+    _check_averaging(trainer)
     names = [callback.name for callback in _callbacks(trainer)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise LoraConfigError(
             f"two LoraCallbacks have the name {twice[0]!r}: give each a name= and a module= of its own"
         )
+
+
+def _check_averaging(trainer: pl.Trainer) -> None:
+    """Callbacks that average weights copy the module: they need the adapters in it, and must save no base."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    first = next(i for i, callback in enumerate(callbacks) if isinstance(callback, LoraCallback))
+    for i, callback in enumerate(callbacks):
+        kinds = {kind.__name__ for kind in type(callback).__mro__}
+        if "WeightAveraging" in kinds:
+            raise LoraConfigError(f"{type(callback).__name__} would save the whole base model: take it out")
+        if "StochasticWeightAveraging" in kinds and i < first:
+            raise LoraConfigError(
+                f"{type(callback).__name__} copies the module before there are adapters in it: give LoraCallback "
+                "before it in callbacks=[…]"
+            )
 
 
 def _callbacks(trainer: pl.Trainer) -> list[LoraCallback]:
@@ -301,14 +320,16 @@ def _state_of(trainer: pl.Trainer) -> PlainState:
     return known[_STATE]
 
 
-def _fold_in(target: nn.Module, folder: str) -> None:
-    load_adapter(target, folder)
-    merge_lora(target)
-    target.requires_grad_(True)
-
-
-def _chain(folder: str) -> tuple[str, ...]:
-    return (*read_record(folder).get("bases", ()), folder)
+def _refuse_contradiction(config: LoraConfig, saved: LoraConfig, folder: str) -> None:
+    """Which layers are meant is seen when the values are loaded: a saved config has them by other names."""
+    names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "rank_pattern", "alpha_pattern")
+    mine, theirs = config.to_dict(), saved.to_dict()
+    if differing := [f"{key}: {mine[key]!r} given, {theirs[key]!r} saved" for key in names if mine[key] != theirs[key]]:
+        raise LoraConfigError(
+            f"config contradicts the adapter in {folder}, which is to be continued:"
+            + "".join(f"\n  - {line}" for line in differing)
+            + "\nLeave config out to take the adapter's own."
+        )
 
 
 def _free(path: Path) -> Path:

@@ -10,10 +10,12 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lora_lightning.adapters.checkpoint import entries_of, read_checkpoint
+from lora_lightning.adapters.folder import warn_of_other_base
+from lora_lightning.adapters.merge import fold_in
 from lora_lightning.config import LoraConfig
-from lora_lightning.errors import AdapterError
-from lora_lightning.injection import inject_lora
-from lora_lightning.injection.state import load_lora_state
+from lora_lightning.errors import AdapterError, LoraConfigError
+from lora_lightning.injection import check_config, inject_lora
+from lora_lightning.injection.state import load_lora_state, record_of, the_root
 
 Module = TypeVar("Module", bound=pl.LightningModule)
 
@@ -47,12 +49,28 @@ def load_from_checkpoint(module_class: type[Module], ckpt_path: str | os.PathLik
     if is_overridden("configure_model", module):
         module.configure_model()
     for entry in entries_of(checkpoint, str(ckpt_path)).values():
-        target = module if entry["module"] is None else module.get_submodule(entry["module"])
-        inject_lora(target, LoraConfig.from_dict(entry["lora_config"]), seed=entry["seed"])
+        _inject(module, entry, str(ckpt_path))
     module.on_load_checkpoint(checkpoint)
     load_lora_state(module, checkpoint["state_dict"], str(ckpt_path))
     module.requires_grad_(False)
     return module.eval()
+
+
+def _inject(module: pl.LightningModule, entry: dict[str, Any], source: str) -> None:
+    config = LoraConfig.from_dict(entry["lora_config"])
+    target = module if entry["module"] is None else module.get_submodule(entry["module"])
+    try:
+        check_config(target, config)
+    except LoraConfigError:
+        if not is_overridden("setup", module):
+            raise
+        module.setup("predict")  # the network is built there
+    for folder in entry["record"].get("bases", ()):
+        fold_in(target, folder)
+    inject_lora(target, config, seed=entry["seed"])
+    root = the_root(target)[1]
+    record_of(root).bases = tuple(entry["record"].get("bases", ()))
+    warn_of_other_base(entry["record"], root, source)
 
 
 def _accepted(module_class: type, values: dict[str, Any]) -> dict[str, Any]:

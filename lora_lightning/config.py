@@ -145,6 +145,8 @@ class LoraConfig:
             *_check_names("modules_to_save", self.modules_to_save, pattern_allowed=False),
             *_check_patterns(self.rank_pattern, self.alpha_pattern),
         ]
+        if self.layers_pattern is not None:
+            problems += _check_names("layers_pattern", self.layers_pattern, pattern_allowed=True, may_be_empty=True)
         if self.exclude_modules is not None:
             problems += _check_names("exclude_modules", self.exclude_modules, pattern_allowed=True, may_be_empty=True)
         dropout = self.lora_dropout
@@ -159,7 +161,7 @@ class LoraConfig:
         if self.task_type is not None:
             problems += _check_choice("task_type", self.task_type, TASK_TYPES)
         if not isinstance(self.init_lora_weights, bool):
-            problems += _check_choice("init_lora_weights", self.init_lora_weights, ("true", "false", *INITIALISATIONS))
+            problems += _check_choice("init_lora_weights", self.init_lora_weights, INITIALISATIONS, also="true, false")
         if self.init_lora_weights == "orthogonal":
             ranks = [self.r, *self.rank_pattern.values()]
             odd = [rank for rank in ranks if isinstance(rank, int) and rank % 2]
@@ -213,10 +215,11 @@ def _check_number(name: str, value: Any) -> list[str]:
     return [] if good else [f"{name} must be a finite number, got {value!r}"]
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> list[str]:
+def _check_choice(name: str, value: Any, choices: tuple[str, ...], also: str = "") -> list[str]:
     if value in choices:
         return []
-    return [f"{name} must be one of {', '.join(choices)}, got {value!r}{did_you_mean(str(value), choices)}"]
+    listed = ", ".join([also, *choices] if also else choices)
+    return [f"{name} must be one of {listed}, got {value!r}{did_you_mean(str(value), choices)}"]
 
 
 def _check_regex(name: str, pattern: str) -> list[str]:

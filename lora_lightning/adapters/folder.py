@@ -25,8 +25,8 @@ from lora_lightning.adapters.fingerprint import fingerprint
 from lora_lightning.adapters.peft_config import from_peft_config, to_peft_config
 from lora_lightning.adapters.peft_names import PREFIX, peft_names
 from lora_lightning.config import LoraConfig
-from lora_lightning.errors import AdapterError
-from lora_lightning.injection import LoraReport, inject_lora, report_of, unload_lora
+from lora_lightning.errors import AdapterError, LoraConfigError
+from lora_lightning.injection import LoraReport, freeze_base, inject_lora, report_of, unload_lora
 from lora_lightning.injection.names import find_root, unwrap
 from lora_lightning.injection.state import (
     adapter_tensors,
@@ -151,7 +151,10 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trainable:
     config, weights = read_config(model, folder), _read_weights(folder)
     fresh = not injected_roots(model)
     if fresh:
-        inject_lora(model, _with_outside(config, folder, model), seed=0)
+        try:
+            inject_lora(model, _with_outside(config, folder, model), seed=0)
+        except LoraConfigError as error:
+            raise AdapterError(f"{folder} does not fit this model: {error}") from error
     try:
         prefix, root = the_root(model)
         names = {key: _join(prefix, name) for name, key in peft_names(root).items()}
@@ -163,7 +166,9 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trainable:
             unload_lora(model)
         raise
     _remember(root, folder)
-    if not trainable:
+    if trainable:
+        freeze_base(model)
+    else:
         model.requires_grad_(False)
     return report_of(model)
 
@@ -171,6 +176,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trainable:
 def read_config(model: nn.Module, folder: str | os.PathLike[str]) -> LoraConfig:
     """The LoRA config of an adapter folder, as it applies to a model."""
     path = Path(folder) / CONFIG_FILE
+    if not Path(folder).is_dir():
+        raise AdapterError(f"there is no folder {folder}")
     if not path.is_file():
         there = ", ".join(sorted(entry.name for entry in Path(folder).glob("*"))[:8]) or "nothing"
         raise AdapterError(f"{folder} is not an adapter folder: no {CONFIG_FILE} in it (it holds {there})")
@@ -184,11 +191,19 @@ def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return _read_json(path) if path.is_file() else {}
 
 
+def chain_of(folder: str | os.PathLike[str]) -> tuple[str, ...]:
+    """The adapters below a new one that is trained over this folder's, oldest first."""
+    return (*read_record(folder).get("bases", ()), os.fspath(folder))
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise AdapterError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise AdapterError(f"{path} is not a JSON object, it begins with {str(content)[:40]!r}")
+    return content
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -260,9 +275,14 @@ def _check_fit(root: nn.Module, config: LoraConfig, given: Mapping[str, Tensor],
 
 
 def _remember(root: nn.Module, folder: Path) -> None:
-    """Take over the chain of bases, and warn where the base is not the one that the adapter was trained on."""
-    record = read_record(folder)
-    record_of(root).bases = tuple(record.get("bases", ()))
+    """Take over the folder's record, and warn where the base is not the one that the adapter was trained on."""
+    record, own = read_record(folder), record_of(root)
+    own.bases, own.source = tuple(record.get("bases", ())), str(folder.resolve())
+    warn_of_other_base(record, root, str(folder))
+
+
+def warn_of_other_base(record: Mapping[str, Any], root: nn.Module, source: str) -> None:
+    """Warn where a record's fingerprint is not that of the model."""
     told, own = record.get("base_fingerprint"), fingerprint(root)
     if told and own and told != own:
         chain = record.get("bases")
@@ -271,7 +291,7 @@ def _remember(root: nn.Module, folder: Path) -> None:
             if chain
             else "another version of the weights, or the same ones in another precision"
         )
-        warnings.warn(f"{folder}: the base model is not the one this adapter was trained on ({why})", stacklevel=3)
+        warnings.warn(f"{source}: the base model is not the one this adapter was trained on ({why})", stacklevel=4)
 
 
 def _below(name: str, prefix: str) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.adapters.folder import load_adapter
 from lora_lightning.errors import AdapterError
-from lora_lightning.injection.names import unwrap
+from lora_lightning.injection.names import canonical_modules, unwrap
 from lora_lightning.injection.state import lora_layers, the_root
 from lora_lightning.injection.unload import remove_adapter
 from lora_lightning.layers import LoraLayer
@@ -37,6 +40,19 @@ def merge_lora(model: nn.Module, *, safe: bool = True) -> None:
     remove_adapter(model)
 
 
+def fold_in(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Make a saved adapter part of the base: load it, merge it, and leave the model trainable as it was.
+
+    Raises:
+        AdapterError: If the folder does not fit or cannot be merged; the model is as it was then.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    load_adapter(model, folder)
+    merge_lora(model)
+    for parameter in trainable:
+        parameter.requires_grad_(True)
+
+
 def _merged(layer: LoraLayer) -> Tensor:
     weight = layer.weight
     exact = torch.promote_types(weight.dtype, torch.float32)
@@ -49,11 +65,12 @@ def _merged(layer: LoraLayer) -> Tensor:
 
 
 def _refuse_tied(model: nn.Module, layers: dict[str, LoraLayer]) -> None:
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+    owners: dict[int, dict[int, str]] = {}
+    for name, module in canonical_modules(model):
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), {})[id(module)] = name
     for name, layer in layers.items():
-        others = [owner for owner in owners[id(layer.weight)] if owner != name]
+        others = [owner for module, owner in owners[id(layer.weight)].items() if module != id(layer)]
         if others:
             raise AdapterError(
                 f"not merged: the weight of {name} is tied to {', '.join(others)}, which would change with it. Untie "

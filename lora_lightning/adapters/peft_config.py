@@ -76,6 +76,8 @@ def from_peft_config(values: Mapping[str, Any], root: nn.Module, source: str) ->
         raise AdapterError(f"{source} asks for what is not known here:{listed}")
     if foreign:
         _LOG.info("%s: passed over, not in force: %s", source, ", ".join(sorted(foreign)))
+    if values.get("target_modules") is None:
+        raise AdapterError(f"{source} does not say which layers are adapted: target_modules is missing or null")
     kept = {key: value for key, value in values.items() if key in ours and not (value is None and key != "r")}
     names = [name for name, _ in canonical_modules(root)]
     for key in ("target_modules", "modules_to_save"):

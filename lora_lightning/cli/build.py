@@ -44,7 +44,12 @@ def partial_of(node: DictConfig) -> functools.partial[Any]:
 
 def make(node: DictConfig, **objects: Any) -> Any:
     """Call what a node names with its settings and with live objects, which stay the same objects."""
-    return partial_of(node)(**objects)
+    try:
+        return partial_of(node)(**objects)
+    except TypeError as error:  # a setting that it does not take, added with a plus sign
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise LoraConfigError(f"{node._target_}: {error}") from error
 
 
 def prepare(cfg: DictConfig) -> None:

@@ -18,6 +18,30 @@ def is_first_process() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in _RANKS)
 
 
+def checkpoint_in(folder: Path, ckpt_path: str | None) -> Path | None:
+    """The checkpoint to resume from: a file, or with ``last`` the latest one of the run in ``folder``.
+
+    Raises:
+        LoraConfigError: There is none.
+        AdapterError: It cannot be read, or holds no adapter.
+    """
+    if ckpt_path is None:
+        return None
+    from lora_lightning.adapters.checkpoint import read_checkpoint  # torch, without which a command is checked
+
+    path = Path(ckpt_path)
+    if ckpt_path == "last":
+        found = sorted((folder / "checkpoints").glob("last*.ckpt"), key=lambda file: file.stat().st_mtime)
+        if not found:
+            raise LoraConfigError(
+                f"ckpt_path=last: no checkpoint in {folder / 'checkpoints'}. Name the run to resume with "
+                "hydra.run.dir=<its folder>, or a checkpoint file with ckpt_path"
+            )
+        path = found[-1]
+    read_checkpoint(path)
+    return path
+
+
 def claim(folder: Path, *, resuming: bool) -> None:
     """Make sure that a run may write to its folder. Only the first process asks: the others start into the same one.
 

@@ -36,7 +36,8 @@ def train(cfg: DictConfig) -> float | None:
     """
     folder = Path(cfg.paths.output_dir)
     LoraConfig.from_dict(cfg.lora)  # before anything is loaded, written or moved
-    run_folder.claim(folder, resuming=cfg.ckpt_path is not None)
+    checkpoint = run_folder.checkpoint_in(folder, cfg.ckpt_path)
+    run_folder.claim(folder, resuming=checkpoint is not None)
     prepare(cfg)
     if run_folder.is_first_process():
         _write_config(cfg, folder)
@@ -51,7 +52,7 @@ def train(cfg: DictConfig) -> float | None:
         callbacks += [each for each in (recorder, announcement) if each not in callbacks]
         trainer = make_trainer(cfg, callbacks, make_loggers(cfg))
         trackers.log_config(trainer.loggers, resolved(cfg))
-        _fit(cfg, trainer, parts, announcement)
+        _fit(cfg, trainer, parts, announcement, checkpoint)
         status = "finished"
     finally:
         # Lightning turns an interrupt into SystemExit; the recorder has seen what it was.
@@ -65,9 +66,9 @@ def train(cfg: DictConfig) -> float | None:
     return _metric(cfg.optimized_metric, recorder.fields)
 
 
-def _fit(cfg: DictConfig, trainer: Trainer, parts: Parts, announcement: Announcement) -> None:
+def _fit(cfg: DictConfig, trainer: Trainer, parts: Parts, announcement: Announcement, checkpoint: Path | None) -> None:
     task, data = parts
-    trainer.fit(task, datamodule=data, ckpt_path=cfg.ckpt_path)
+    trainer.fit(task, datamodule=data, ckpt_path=checkpoint)
     # The figures are those of the final weights, which the last validation of the fit may have missed.
     if announcement.validated_at != trainer.global_step:
         trainer.validate(task, datamodule=data, verbose=False)

@@ -146,11 +146,12 @@ class ChatRenderer:
             start = _common(before, text)
             if start < _common(before, self._render(messages[:turn])):
                 raise RowProblem("the chat template rewrites the prompt once the answer stands behind it")
-        bare = text.rstrip()
-        end = len(bare) if bare.endswith(self._ends) else len(text)
-        if end <= start:
+        if len(text) <= start:
             raise RowProblem("the chat template leaves nothing of the answer")
-        return text, (start, end)
+        return text, (
+            start,
+            len(text),
+        )  # all that the template writes of the turn, as TRL's completion-only loss has it
 
     def _render(self, messages: Sequence[Message], *, generate: bool = False) -> str:
         try:

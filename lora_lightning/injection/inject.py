@@ -19,13 +19,14 @@ from lora_lightning.injection.state import (
     Injected,
     adapter_tensors,
     copy_originals,
+    copy_statistics,
     injected_roots,
     lora_layers,
     record_of,
     trained_in_full,
 )
 from lora_lightning.injection.targets import output_embeddings, resolve
-from lora_lightning.injection.unload import FAST_PATH, unload_lora
+from lora_lightning.injection.unload import FAST_PATH
 from lora_lightning.layers import LoraLayer, adapt
 
 
@@ -51,8 +52,7 @@ def inject_lora(model: nn.Module, config: LoraConfig | Mapping[str, Any], *, see
     config = config if isinstance(config, LoraConfig) else LoraConfig.from_dict(config)
     seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
     model = unwrap(model)
-    _, root = find_root(model)
-    _check_earlier(model, root, config)
+    root = _earlier_root(model, config) or find_root(model)[1]
     plan = resolve(root, config, outside=model)
     before = [name for name, p in root.named_parameters() if p.requires_grad]
     heads = frozen_heads(model, root, set().union(*map(_parts, plan.in_full.values())))
@@ -70,7 +70,7 @@ def inject_lora(model: nn.Module, config: LoraConfig | Mapping[str, Any], *, see
     _mark_biases(root, config)
     _leave_fast_path(root)
     if RECORD not in vars(root):
-        vars(root)[RECORD] = Injected(config, seed, tuple(before))
+        vars(root)[RECORD] = Injected(config, seed, tuple(before), statistics=copy_statistics(root))
     freeze_base(model)
     return report_of(model, heads)
 
@@ -89,8 +89,8 @@ def freeze_base(model: nn.Module) -> None:
         parameter.requires_grad_(id(parameter) in own)
 
 
-def report_of(model: nn.Module, heads: tuple[str, ...] = ()) -> LoraReport:
-    """A report of a model's adapter as it stands."""
+def report_of(model: nn.Module, heads: tuple[str, ...] = (), whole: nn.Module | None = None) -> LoraReport:
+    """A report of a model's adapter as it stands; parameters are counted over ``whole``, if that is given."""
     model = unwrap(model)
     prefix = next((f"{name}." for name in injected_roots(model) if name), "")
     rows = []
@@ -106,7 +106,7 @@ def report_of(model: nn.Module, heads: tuple[str, ...] = ()) -> LoraReport:
             kind = "bias" if list(originals) == ["bias"] and "weight" in module._parameters else "in full"
             count = sum(p.numel() for p in own)
             rows.append(LoraRow(name.removeprefix(prefix), kind, tuple(own[0].shape[::-1]), 0, 0.0, count))
-    parameters = list(model.parameters())
+    parameters = list((whole or model).parameters())
     trainable = sum(_numel(p) for p in parameters if p.requires_grad)
     return LoraReport(rows, trainable, sum(_numel(p) for p in parameters), heads)
 
@@ -144,18 +144,18 @@ def _topmost(model: nn.Module, known: set[int]) -> list[str]:
     return found
 
 
-def _check_earlier(model: nn.Module, root: nn.Module, config: LoraConfig) -> None:
-    """Refuse another config; an equal one whose root has changed (a backbone built since) starts again."""
-    for name, earlier in injected_roots(model).items():
-        if differing := record_of(earlier).config.difference(config):
+def _earlier_root(model: nn.Module, config: LoraConfig) -> nn.Module | None:
+    """The root that was injected with an equal config before; another config is refused."""
+    roots = injected_roots(model)
+    for name, root in roots.items():
+        if differing := record_of(root).config.difference(config):
             raise LoraConfigError(
                 f"{name or type(model).__name__} already has another LoRA config, and a layer holds one adapter. "
                 "They differ in (here: the one in place, there: the new one)"
                 + "".join(f"\n  - {line}" for line in differing)
                 + "\nCall unload_lora(model) or merge_lora(model) first."
             )
-        if earlier is not root:
-            unload_lora(earlier)
+    return next(iter(roots.values()), None)
 
 
 def _mark_biases(root: nn.Module, config: LoraConfig) -> None:

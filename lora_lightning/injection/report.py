@@ -50,16 +50,16 @@ class LoraReport:
         """Trainable of all parameters, between 0 and 1."""
         return self.trainable_parameters / max(self.total_parameters, 1)
 
-    def facts(self) -> dict[str, Any]:
-        """The report in a few numbers, for loggers: counts, share, ranks and scales."""
+    def facts(self, prefix: str = "") -> dict[str, Any]:
+        """The report in a few numbers, for loggers: counts, share, ranks and scales, under ``lora/<prefix>``."""
         adapted = [row for row in self.rows if row.r]
         return {
-            "lora/layers": len(adapted),
-            "lora/trainable_parameters": self.trainable_parameters,
-            "lora/total_parameters": self.total_parameters,
-            "lora/trainable_share": self.trainable_share,
-            "lora/r": _one_or_range([row.r for row in adapted]),
-            "lora/scaling": _one_or_range([row.scaling for row in adapted]),
+            f"lora/{prefix}layers": len(adapted),
+            f"lora/{prefix}trainable_parameters": self.trainable_parameters,
+            f"lora/{prefix}total_parameters": self.total_parameters,
+            f"lora/{prefix}trainable_share": self.trainable_share,
+            f"lora/{prefix}r": _one_or_range([row.r for row in adapted]),
+            f"lora/{prefix}scaling": _one_or_range([row.scaling for row in adapted]),
         }
 
     def line(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ class Injected:
         config: What was injected.
         seed: Seed of the first values.
         trainable_before: Names, below the root, of parameters that injection froze.
+        statistics: Running statistics of normalisation layers as they were, by name below the root.
         bases: Adapter folders folded into the base before this one, oldest first.
         base_model: Name or folder of the base model, where an adapter folder told it.
         source: Adapter folder whose values were loaded, to go on from.
@@ -34,6 +35,7 @@ class Injected:
     config: LoraConfig
     seed: int
     trainable_before: tuple[str, ...] = ()
+    statistics: dict[str, Tensor] = field(default_factory=dict)
     bases: tuple[str, ...] = ()
     base_model: str | None = None
     source: str | None = None
@@ -169,6 +171,13 @@ def _running_statistics(model: nn.Module) -> Iterator[str]:
     for name, module in canonical_modules(unwrap(model)):
         if isinstance(module, _NormBase):
             yield from (_join(name, local) for local, _ in module.named_buffers(recurse=False))
+
+
+def copy_statistics(root: nn.Module) -> dict[str, Tensor]:
+    """The running statistics below a root, which move although their layers are frozen."""
+    buffers = dict(root.named_buffers())
+    found = {canonical(name): value for name, value in buffers.items()}
+    return {name: found[name].clone() for name in _running_statistics(root) if name in found}
 
 
 def _join(prefix: str, local: str) -> str:

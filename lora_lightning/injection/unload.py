@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lora_lightning.errors import AdapterError
+from lora_lightning.injection.names import canonical
 from lora_lightning.injection.state import (
     ORIGINALS,
     RECORD,
@@ -55,7 +56,7 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
 def unload_lora(model: nn.Module) -> None:
     """Take the adapter off: the base model again, bit for bit, its parameters trainable as they were.
 
-    Modules trained in full get the values back that they had at injection.
+    Modules trained in full, and running statistics, get the values back that they had at injection.
 
     Raises:
         AdapterError: If the model has no adapter, or a layer's class was changed since; nothing is changed then.
@@ -63,8 +64,16 @@ def unload_lora(model: nn.Module) -> None:
     if not injected_roots(model):
         the_root(model)  # raises, with what to do
     trained = [(module, originals) for _, module, originals in trained_in_full(model)]
+    moved = [
+        (value, record_of(root).statistics[name])
+        for root in injected_roots(model).values()
+        for name, value in ((canonical(key), buffer) for key, buffer in root.named_buffers())
+        if name in record_of(root).statistics
+    ]
     remove_adapter(model)
     with torch.no_grad():
+        for value, before in moved:
+            value.copy_(before)
         for module, originals in trained:
             for local, value in originals.items():
                 getattr(module, local).copy_(value)

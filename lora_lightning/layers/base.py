@@ -78,6 +78,6 @@ def adapter_dtype(weight: Tensor) -> torch.dtype:
     """The dtype of adapters beside a weight: float32 where the base is of half precision or quantised, else the same.
 
     Small steps in a half-precision parameter round to nothing, so the trained copy is a full one; the arithmetic is
-    done in the input's dtype all the same.
+    done in the input's dtype all the same. (Lightning's precision ``bf16-true`` casts all parameters, these too.)
     """
     return weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32

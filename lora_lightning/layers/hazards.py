@@ -24,6 +24,11 @@ def why_not(layer: nn.Module) -> str | None:
         )
     if {"weight_g", "weight_v"} <= layer._parameters.keys():
         return "its weight is recomputed by weight_norm: call torch.nn.utils.remove_weight_norm(layer) first"
+    if "weight" not in layer._parameters and any(name.startswith("weight_") for name in layer._parameters):
+        return (
+            "its weight is recomputed before each forward (spectral_norm, pruning): make it permanent first, with "
+            "torch.nn.utils.remove_spectral_norm(layer) or torch.nn.utils.prune.remove(layer, 'weight')"
+        )
     if any(base.__name__ == "FSDPModule" for base in type(layer).__mro__):
         return "it is sharded already (fully_shard): inject before sharding, or adapters would differ between ranks"
     if type(layer).__module__.startswith("peft."):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +11,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lora_lightning.adapters.checkpoint import CHECKPOINT_KEY, entries_of
+from lora_lightning.adapters.checkpoint import CHECKPOINT_KEY, entries_of, read_checkpoint
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import AdapterError
 from lora_lightning.injection.state import load_lora_state, lora_state_dict
@@ -35,6 +37,7 @@ class PlainState:
         self.rng: dict[str, Any] | None = None
         self._told: set[str] = set()
         self._save = strategy.save_checkpoint
+        self._load = strategy.load_checkpoint
 
     def attach(self, entries: Callable[[], dict[str, dict[str, Any]]]) -> None:
         """Let the strategy save and load through this object.
@@ -47,6 +50,7 @@ class PlainState:
             lightning_module_state_dict=self.model_state,
             load_model_state_dict=self.load_model_state,
             save_checkpoint=self.save,
+            load_checkpoint=self.load,
         )
 
     def model_state(self) -> dict[str, Tensor]:
@@ -63,6 +67,12 @@ class PlainState:
         self._compare(entries)
         load_lora_state(self._module, checkpoint["state_dict"], "the checkpoint")
         self.rng = rng.of_this_rank(checkpoint[CHECKPOINT_KEY].get("rng"))
+
+    def load(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint without running code from it, unless ``weights_only=False`` is asked for outright."""
+        if weights_only is not False and os.path.isfile(checkpoint_path):
+            return read_checkpoint(checkpoint_path)
+        return self._load(checkpoint_path, **({} if weights_only is None else {"weights_only": weights_only}))
 
     def save(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write a checkpoint with what it says of its adapters, every rank's random state, and primitives only."""
@@ -85,8 +95,14 @@ class PlainState:
             if name not in entries:
                 problems.append(f"it holds no adapter {name!r}, only {', '.join(entries)}")
                 continue
-            there = LoraConfig.from_dict(entries[name]["lora_config"])
-            problems += LoraConfig.from_dict(mine["lora_config"]).difference(there)
+            there = entries[name]
+            problems += LoraConfig.from_dict(mine["lora_config"]).difference(LoraConfig.from_dict(there["lora_config"]))
+            folded, wanted = mine["record"].get("bases", []), there["record"].get("bases", [])
+            if folded != wanted:
+                problems.append(f"adapters folded into the base: {folded or 'none'} here, {wanted or 'none'} there")
+            told = there["record"].get("base_fingerprint")
+            if told and told != mine["record"].get("base_fingerprint", told):
+                warnings.warn("the checkpoint's adapter was trained on another base model than this", stacklevel=2)
         if problems:
             raise AdapterError(
                 "the checkpoint was made with another LoRA config (here: this run's, there: the checkpoint's):"

@@ -12,7 +12,7 @@ from lora_lightning.data.formats import Record, RowProblem
 from lora_lightning.errors import LoraConfigError
 from tests.data.conftest import CHATML, FORGETTING, LLAMA2, NO_END, TEMPLATES, THINKING, train_tokenizer
 
-END = "<|im_end|>"
+END = "<|im_end|>\n"  # what the template writes behind an answer
 
 
 @functools.cache
@@ -54,7 +54,7 @@ texts = st.text(st.characters(codec="utf-8", exclude_characters="<>\x00"), min_s
 def test_the_answers_and_their_end_are_trained_and_nothing_else(pairs, template, last_only):
     contents = [content for pair in pairs for content in pair]
     [(whole, runs)] = encoded(chat(*contents), TEMPLATES[template], train_on="last" if last_only else "assistant")
-    shown = {"trimming": lambda answer: answer.strip() + END, "llama2": lambda answer: f" {answer} {END}"}
+    shown = {"trimming": lambda answer: answer.strip() + END, "llama2": lambda answer: f" {answer} {END.strip()}"}
     expected = [shown.get(template, lambda answer: answer + END)(answer) for _, answer in pairs]
     assert runs == (expected[-1:] if last_only else expected)
     tokenizer = shared_tokenizer()
@@ -73,7 +73,7 @@ def test_a_template_that_rewrites_earlier_turns_gives_an_example_each(triples):
     for number, (whole, [answer]) in enumerate(found):
         before = list(chat(*contents).messages[: 2 * number + 1])
         prompt = tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
-        assert whole == f"{prompt}{answer}\n"
+        assert whole == prompt + answer
 
 
 def test_only_the_turns_that_are_rewritten_part_an_example():
@@ -104,7 +104,7 @@ def test_train_on_all_trains_every_token():
 def test_padding_with_the_end_token_does_not_hide_it():
     tokenizer = shared_tokenizer()
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    assert encoded(chat("q", "a"), CHATML)[0][1] == ["a<|im_end|>"]
+    assert encoded(chat("q", "a"), CHATML)[0][1] == [f"a{END}"]
 
 
 @pytest.mark.parametrize("own", [None, "its own"])
@@ -162,4 +162,4 @@ def test_the_default_template():
         "### System:\ns\n\n### User:\nq1\n\n### Assistant:\na1<|im_end|>\n\n"
         "### User:\nq2\n\n### Assistant:\na2<|im_end|>\n\n"
     )
-    assert runs == ["a1" + END, "a2" + END]
+    assert runs == ["a1<|im_end|>\n\n", "a2<|im_end|>\n\n"]

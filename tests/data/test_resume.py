@@ -19,7 +19,7 @@ class Recorder(pl.LightningModule):
 
     def rows(self, batch):
         return tuple(
-            self.tokenizer.decode(ids[labels != -100].tolist(), skip_special_tokens=True)
+            self.tokenizer.decode(ids[labels != -100].tolist(), skip_special_tokens=True).strip()
             for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)
         )
 

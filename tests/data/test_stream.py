@@ -12,7 +12,7 @@ from lora_lightning.errors import LoraConfigError
 
 def answers(tokenizer, batches):
     return [
-        tokenizer.decode(ids[labels != -100].tolist(), skip_special_tokens=True)
+        tokenizer.decode(ids[labels != -100].tolist(), skip_special_tokens=True).strip()
         for batch in batches
         for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)
     ]

@@ -146,14 +146,14 @@ def test_injecting_again_adapts_what_was_added_since():
     assert not model[1].weight.requires_grad
 
 
-def test_a_root_that_moved_starts_again(llama):
-    around = nn.ModuleDict({"head": nn.Linear(4, 4)})
-    inject_lora(around, LoraConfig(r=2))
-    around["backbone"] = llama
-    report = inject_lora(around, LoraConfig(r=2))
-    assert len(report.rows) == 14
-    assert type(around["head"]) is nn.Linear
-    assert report.frozen_heads == ("head",)
+def test_an_adapter_below_is_kept_when_what_is_around_it_is_injected(shake):
+    around = nn.ModuleDict({"net": nn.Sequential(nn.Linear(4, 4)), "other": nn.Linear(4, 4)})
+    inject_lora(around["net"], LoraConfig(r=2))
+    shake(around)
+    before = around["net"][0].lora_B.clone()
+    assert len(inject_lora(around, LoraConfig(r=2)).rows) == 1
+    assert torch.equal(around["net"][0].lora_B, before)
+    assert type(around["other"]) is nn.Linear
 
 
 def test_fresh_heads_are_named(bert, llama):
