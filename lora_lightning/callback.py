@@ -5,20 +5,19 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lora_lightning.adapters import load_adapter, read_config, save_adapter
-from lora_lightning.adapters.checkpoint import adapter_from_checkpoint, checkpoint_entry
-from lora_lightning.adapters.folder import WEIGHTS_FILE, chain_of
+from lora_lightning.adapters import load_adapter, read_config
+from lora_lightning.adapters.checkpoint import adapter_from_checkpoint, checkpoint_entry, facts_of
+from lora_lightning.adapters.folder import WEIGHTS_FILE, chain_of, write_folder
 from lora_lightning.adapters.merge import fold_in
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import AdapterError, LoraConfigError, did_you_mean
@@ -32,7 +31,10 @@ from lora_lightning.injection.state import (
     weights_beside,
 )
 from lora_lightning.optim import keep_trainable
-from lora_lightning.strategies import PlainState, rng, state_for
+from lora_lightning.optim.by_kind import join_groups
+from lora_lightning.optim.gradients import not_finite, without_gradient
+from lora_lightning.strategies import AdapterState, hooks, rng, state_for
+from lora_lightning.strategies.checks import check_trainer
 
 _STATE = "_lora_state"
 
@@ -98,6 +100,7 @@ class LoraCallback(pl.Callback):
         self.best_adapter_path: Path | None = None
         self._entry: dict[str, Any] | None = None
         self._logged: set[int] = set()
+        self._first_step = True
 
     @property
     def state_key(self) -> str:
@@ -108,17 +111,20 @@ class LoraCallback(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Inject where the layers are there already, and take the places that later steps pass."""
-        _check_trainer(trainer)
-        state = _state_of(trainer)
-        state.rng = None
-        state.attach(functools.partial(_entries, trainer, pl_module))
+        check_trainer(trainer)
+        _check_callbacks(trainer)
+        # Gradients are averaged and averages copied after us, wherever in the list the user has put us.
+        trainer.callbacks.remove(self)  # type: ignore[attr-defined]
+        trainer.callbacks.insert(0, self)  # type: ignore[attr-defined]
+        _state_of(trainer).attach(functools.partial(_entries, trainer, pl_module))
+        self._first_step = True
         if is_overridden("setup", pl_module) or is_overridden("configure_model", pl_module):
             # The network, or part of it, may be built there; what wraps configure_model runs after both.
-            _wrap(pl_module, "configure_model", _configure_model, self)
+            hooks.wrap(pl_module, "configure_model", _configure_model, self)
         else:
             self._inject(trainer, pl_module)
         if stage == "fit":
-            _wrap(pl_module, "configure_optimizers", _configure_optimizers, self)
+            hooks.wrap(pl_module, "configure_optimizers", _configure_optimizers, self)
 
     def _inject(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         target = self._target(pl_module)
@@ -131,8 +137,10 @@ class LoraCallback(pl.Callback):
             record_of(the_root(target)[1]).bases = chain_of(self.base_adapter)
         if self.adapter is not None and record_of(the_root(target)[1]).source != str(Path(self.adapter).resolve()):
             load_adapter(target, self.adapter, trainable=True)
+        _state_of(trainer).injected(target, by_callback=fresh)
         if fresh or self.report is None:
-            self._entry = None
+            # Made now, while the base is whole; nothing in it moves while training.
+            self._entry = checkpoint_entry(pl_module, self.module)
             self._tell(report)
         heads = report.frozen_heads or (self.report.frozen_heads if self.report else ())
         self.report = report_of(target, heads, whole=pl_module)
@@ -221,17 +229,23 @@ class LoraCallback(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Stop at, or skip, a step whose gradients are not finite (a loss scaler does so by itself)."""
-        if getattr(trainer.precision_plugin, "scaler", None) is not None:
-            return
-        named = {name: p for name, p in lora_parameters(self._target(pl_module)).items() if p.grad is not None}
-        grads = [p.grad for p in named.values() if p.grad is not None]
-        if not grads or bool(torch.stack([n.to(grads[0].device) for n in torch._foreach_norm(grads)]).isfinite().all()):
-            return
-        bad = [name for name, p in named.items() if p.grad is not None and not p.grad.isfinite().all()]
-        where = f"step {trainer.global_step}: gradients are not finite in {len(bad)} adapter tensors, first {bad[0]}"
+        """Average gradients where the strategy does not; stop at, or skip, a step in which they are not finite."""
+        if _callbacks(trainer)[0] is self:
+            _state_of(trainer).synchronise(optimizer)
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        named = {name: p for name, p in lora_parameters(self._target(pl_module)).items() if id(p) in held}
+        if self._first_step:
+            self._first_step = False
+            self._look_at_first_step(pl_module, named)
+        if getattr(trainer.precision_plugin, "scaler", None) is not None or not (bad := not_finite(named)):
+            return  # a loss scaler skips such steps by itself
+        loss = trainer.callback_metrics.get("train_loss", trainer.callback_metrics.get("train_loss_step"))
+        told = "" if loss is None else f" (loss {float(loss):g})"
+        where = (
+            f"step {trainer.global_step}{told}: gradients are not finite in {len(bad)} adapter tensors, first {bad[0]}"
+        )
         if self.on_nonfinite == "stop":
-            raise AdapterError(
+            raise NonFiniteError(
                 f"{where}. The adapter is as it was before this step. Lower the learning rate or the scale, or set "
                 "on_nonfinite='skip' to pass over such steps"
             )
@@ -240,47 +254,74 @@ class LoraCallback(pl.Callback):
             for parameter in group["params"]:
                 parameter.grad = None
 
+    def _look_at_first_step(self, pl_module: pl.LightningModule, named: dict[str, nn.Parameter]) -> None:
+        if unused := without_gradient(named):
+            rank_zero_warn(
+                f"{len(unused)} of {len(named)} adapter tensors got no gradient in the first step, first {unused[0]}: "
+                "their layers took no part in the loss, or something between cuts gradients off (reentrant activation "
+                "checkpointing does, below frozen embeddings: use_reentrant=False). They are saved as they began"
+            )
+        layers = [(name, layer) for name, layer in lora_layers(self._target(pl_module)) if layer.lora_dropout]
+        if asleep := [name for name, layer in layers if not layer.training]:
+            rank_zero_warn(
+                f"{len(asleep)} of {len(layers)} LoRA layers are in eval mode while training, first {asleep[0]}, so "
+                "that lora_dropout is off: something calls eval() after the fit has begun, and has to call train() "
+                "before the next training step"
+            )
+
     # ---- what stays
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the adapter folders."""
         folder = trainer.log_dir or trainer.default_root_dir  # log_dir talks to all ranks: ask before they part
+        state = _state_of(trainer).whole_state()
         if getattr(trainer, "fast_dev_run", False) or not trainer.is_global_zero:
             return
-        place = Path(folder) / "adapter"
-        place = _free(place if self.name == "default" else place / self.name)
-        self.adapter_path = save_adapter(self._target(pl_module), place)
-        _save_tokenizer(trainer, pl_module, place)
+        place = self._write_adapter(trainer, pl_module, folder, state)
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-        if best and Path(best).is_file():
+        if best and Path(best).exists():
             suffix = "" if self.name == "default" else f"-{self.name}"
             beside = _free(Path(best).with_name(f"{Path(best).stem}-adapter{suffix}"))
             self.best_adapter_path = adapter_from_checkpoint(best, beside, name=self.name)
             _save_tokenizer(trainer, pl_module, beside)
         rank_zero_info(f"LoRA adapter saved to {place}")
 
+    def _write_adapter(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, folder: str, state: dict[str, Tensor]
+    ) -> Path:
+        place = Path(folder) / "adapter"
+        place = _free(place if self.name == "default" else place / self.name)
+        self.adapter_path = write_folder(facts_of(self.checkpoint_entry(pl_module)), state, place)
+        _save_tokenizer(trainer, pl_module, place)
+        return place
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Give the module's hooks back."""
-        _unwrap(pl_module)
+        hooks.unwrap(pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Give the module's hooks back."""
-        _unwrap(pl_module)
+        """Give the module's hooks back; where gradients were not finite, write the last good adapter."""
+        hooks.unwrap(pl_module)
+        for optimizer in trainer.optimizers:
+            join_groups(optimizer)
+        if isinstance(exception, NonFiniteError):
+            folder = trainer.log_dir or trainer.default_root_dir
+            state = _state_of(trainer).whole_state()  # all processes have met the same gradients, and are here
+            if trainer.is_global_zero:
+                rank_zero_info(f"The last good adapter: {self._write_adapter(trainer, pl_module, folder, state)}")
 
     def checkpoint_entry(self, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """What a checkpoint says of this adapter; made once, since nothing in it moves while training."""
+        """What a checkpoint says of this adapter."""
         if self._entry is None:
             self._entry = checkpoint_entry(pl_module, self.module)
         return self._entry
 
 
-def _check_trainer(trainer: Any) -> None:
-    if not isinstance(trainer, pl.Trainer):
-        raise LoraConfigError(
-            f"this Trainer comes from {type(trainer).__module__.partition('.')[0]}, LoraCallback from "
-            "lightning.pytorch, and the two do not mix: write `from lightning.pytorch import Trainer` (and "
-            "LightningModule)"
-        )
+class NonFiniteError(AdapterError):
+    """Gradients have a NaN or an infinity in them; the adapter is as it was before the step."""
+
+
+def _check_callbacks(trainer: pl.Trainer) -> None:
     _check_averaging(trainer)
     names = [callback.name for callback in _callbacks(trainer)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -312,7 +353,7 @@ def _entries(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, di
     return {callback.name: callback.checkpoint_entry(pl_module) for callback in _callbacks(trainer)}
 
 
-def _state_of(trainer: pl.Trainer) -> PlainState:
+def _state_of(trainer: pl.Trainer) -> AdapterState:
     """The one object that saves and loads for a trainer, made at its first callback's setup."""
     known = vars(trainer.strategy)
     if _STATE not in known:
@@ -351,46 +392,17 @@ def _save_tokenizer(trainer: pl.Trainer, pl_module: pl.LightningModule, folder: 
             return
 
 
-# ---- hooks of the module that injection has to come after, or optimizers through
-
-# Partials of module-level functions: they pickle and deep-copy with the module (callbacks that average weights copy
-# it), and Lightning sees through them whether a hook is overridden.
+# ---- around hooks of the module
 
 
-def _wrap(pl_module: pl.LightningModule, hook: str, function: Any, *args: Any) -> None:
-    previous = vars(pl_module).get(hook)
-    wrapper = functools.partial(function, *args, pl_module, previous)
-    vars(pl_module)[hook] = wrapper
-
-
-def _unwrap(pl_module: pl.LightningModule, *hooks: str) -> None:
-    for hook in hooks or ("configure_model", "configure_optimizers"):
-        while isinstance(wrapper := vars(pl_module).get(hook), functools.partial) and wrapper.func in _WRAPPERS:
-            previous = wrapper.args[-1]
-            if previous is None:
-                del vars(pl_module)[hook]
-            else:
-                vars(pl_module)[hook] = previous
-
-
-def _call(pl_module: pl.LightningModule, hook: str, previous: Any) -> Any:
-    # The class's own hook is looked up anew: a bound method kept here would tie a deep copy to the original.
-    return previous() if previous is not None else getattr(type(pl_module), hook)(pl_module)
-
-
-def _configure_model(callback: LoraCallback, pl_module: pl.LightningModule, previous: Any) -> None:
-    _call(pl_module, "configure_model", previous)
+def _configure_model(callback: LoraCallback, pl_module: pl.LightningModule, call: Callable[[], None]) -> None:
+    call()
     callback._inject(pl_module.trainer, pl_module)
     # Taken off at once: a strategy that demands an overridden configure_model is to see the module's own.
-    if isinstance(vars(pl_module).get("configure_model"), functools.partial):
-        _unwrap(pl_module, "configure_model")
+    hooks.unwrap(pl_module, "configure_model")
 
 
-def _configure_optimizers(callback: LoraCallback, pl_module: pl.LightningModule, previous: Any) -> Any:
+def _configure_optimizers(callback: LoraCallback, pl_module: pl.LightningModule, call: Callable[[], Any]) -> Any:
     target = callback._target(pl_module)
     freeze_base(target)  # parallel plans may have made parameters trainable since
-    configured = _call(pl_module, "configure_optimizers", previous)
-    return keep_trainable(configured, lora_parameters(target), weights_beside(target))
-
-
-_WRAPPERS = (_configure_model, _configure_optimizers)
+    return keep_trainable(call(), lora_parameters(target), weights_beside(target))

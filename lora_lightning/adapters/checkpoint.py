@@ -11,11 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.adapters.distributed import is_distributed, read_distributed
+from lora_lightning.adapters.files import damage_of
 from lora_lightning.adapters.folder import AdapterFacts, describe, write_folder
 from lora_lightning.errors import AdapterError, did_you_mean
 from lora_lightning.injection.state import record_of, the_root
 
 CHECKPOINT_KEY = "lora_lightning"
+FORMAT = 2
+"""Of checkpoints; 2 has optimizer states by the names of parameters."""
 
 
 def checkpoint_entry(module: nn.Module, attribute: str | None) -> dict[str, Any]:
@@ -44,20 +48,34 @@ def checkpoint_entry(module: nn.Module, attribute: str | None) -> dict[str, Any]
     }
 
 
+def facts_of(entry: Mapping[str, Any]) -> AdapterFacts:
+    """The facts of an adapter's folder, from what a checkpoint keeps of it; names are relative to the LightningModule."""
+    return AdapterFacts(entry["config"], entry["keys"], entry["outside"], entry["record"])
+
+
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Load a ``.ckpt`` file of ours onto the CPU with ``weights_only=True``.
+    """Load a checkpoint of ours, a file or a folder in distributed form, onto the CPU with ``weights_only=True``.
+
+    Returns:
+        What Lightning calls a checkpoint, every tensor whole.
 
     Raises:
         AdapterError: If it is missing, damaged, or no adapter checkpoint.
     """
     path = Path(path)
-    if not path.is_file():
-        raise AdapterError(f"no checkpoint file at {path}")
+    if not (path.is_file() or is_distributed(path)):
+        raise AdapterError(f"no checkpoint at {path}")
+    if reason := damage_of(path):  # torch compares no checksums
+        raise AdapterError(f"the checkpoint {path} is damaged: {reason}. Take the one before it")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = (
+            read_distributed(path) if path.is_dir() else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except Exception as error:  # torch raises many kinds for a file that is cut off, damaged or holds code
         raise AdapterError(f"{path} cannot be read with weights_only=True: {error}") from error
     entries_of(checkpoint, str(path))
+    if (form := checkpoint[CHECKPOINT_KEY].get("format")) != FORMAT:
+        raise AdapterError(f"{path} has checkpoint format {form}, this version reads format {FORMAT}")
     return checkpoint
 
 
@@ -103,7 +121,7 @@ def adapter_from_checkpoint(
     if name not in entries:
         raise AdapterError(f"no adapter {name!r}{did_you_mean(name, entries)} in {path}: it has {', '.join(entries)}")
     entry = entries[name]
-    facts = AdapterFacts(entry["config"], entry["keys"], entry["outside"], entry["record"])
+    facts = facts_of(entry)
     wanted = [*facts.keys, *facts.outside]
     state: dict[str, Tensor] = {key: checkpoint["state_dict"][key] for key in wanted}
     return write_folder(facts, state, folder or path.with_name(f"{path.stem}-adapter"), overwrite=overwrite)

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import AdapterError
 from lora_lightning.injection.names import canonical, canonical_modules, unwrap
+from lora_lightning.injection.tensors import spread_like
 from lora_lightning.layers import LoraLayer
 
 RECORD = "_lora_injected"
@@ -117,12 +118,13 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, (_, value) in _kept(model).items()}
 
 
+@torch.no_grad()
 def load_lora_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Put back what :func:`lora_state_dict` gave, in place and as a whole.
 
     Args:
         model: An injected model, wrapped or not.
-        state: Tensors by canonical name.
+        state: Tensors by canonical name: whole ones, also where the model's are spread over processes.
         source: What to call their origin in a message.
 
     Raises:
@@ -132,7 +134,14 @@ def load_lora_state(model: nn.Module, state: Mapping[str, Tensor], source: str) 
     problems = differences({name: value for name, (_, value) in kept.items()}, state)
     if problems:
         raise AdapterError(f"{source} does not fit this model:" + "".join(f"\n  - {line}" for line in problems))
-    model.load_state_dict({kept[name][0]: value for name, value in state.items()}, strict=False)
+    for name, value in state.items():
+        module, now = kept[name]
+        local = name.rpartition(".")[2]
+        given = spread_like(value, now) if isinstance(value, Tensor) else value
+        errors: list[str] = []
+        module._load_from_state_dict({local: given}, "", {}, False, [], [], errors)
+        if errors:
+            raise AdapterError(f"{source} does not fit this model: {errors[0]}")
 
 
 def differences(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
@@ -150,21 +159,29 @@ def differences(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> 
     return problems + shapes[:4] + ([f"{len(shapes) - 4} more shapes differ"] if shapes[4:] else [])
 
 
-def _kept(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
-    """Canonical name to (name in the model's own state dict, tensor) of all that is not the frozen base."""
+def _kept(model: nn.Module) -> dict[str, tuple[nn.Module, Tensor]]:
+    """Canonical name to (module that has it, tensor) of all that is not the frozen base."""
     roots = injected_roots(model)
     if not roots:
         the_root(model)  # raises, with what to do
     own = adapter_tensors(model).keys()
     moving = set(_running_statistics(model))
     frozen = {canonical(name) for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    kept: dict[str, tuple[str, Tensor]] = {}
-    for key, value in model.state_dict().items():
-        name = canonical(key)
-        inside = any(root == "" or name.startswith(f"{root}.") for root in roots)
-        if name in own or name in moving or not (inside or name in frozen):
-            kept[name] = (key, value)
+    kept: dict[str, tuple[nn.Module, Tensor]] = {}
+    for prefix, module in canonical_modules(unwrap(model)):
+        for local, value in _own_state(module).items():
+            name = _join(prefix, local)
+            inside = any(root == "" or name.startswith(f"{root}.") for root in roots)
+            if name in own or name in moving or not (inside or name in frozen):
+                kept[name] = (module, value)
     return kept
+
+
+def _own_state(module: nn.Module) -> dict[str, Tensor]:
+    """A module's own part of its state dict; of the whole, a sharding engine's hooks would gather the base."""
+    found: dict[str, Tensor] = {}
+    module._save_to_state_dict(found, "", False)
+    return found
 
 
 def _running_statistics(model: nn.Module) -> Iterator[str]:

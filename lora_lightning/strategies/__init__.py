@@ -6,7 +6,6 @@ import warnings
 
 from lightning.pytorch.strategies import (
     DDPStrategy,
-    DeepSpeedStrategy,
     FSDPStrategy,
     ModelParallelStrategy,
     SingleDeviceStrategy,
@@ -14,34 +13,31 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
-from lora_lightning.errors import LoraConfigError
-from lora_lightning.strategies.plain import PlainState
+from lora_lightning.strategies.forked import ForkedState
+from lora_lightning.strategies.fsdp import FsdpState
+from lora_lightning.strategies.model_parallel import ModelParallelState
+from lora_lightning.strategies.state import AdapterState
 
-__all__ = ["PlainState", "state_for"]
+__all__ = ["AdapterState", "state_for"]
 
-_WHOLE = (SingleDeviceStrategy, DDPStrategy)  # every rank holds every parameter whole
-_SHARDED = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
+_STATES: dict[type[Strategy], type[AdapterState]] = {
+    FSDPStrategy: FsdpState,
+    ModelParallelStrategy: ModelParallelState,
+    DDPStrategy: AdapterState,
+    SingleDeviceStrategy: AdapterState,
+}
 
 
-def state_for(strategy: Strategy) -> PlainState:
-    """The way to save and load adapters under a strategy.
-
-    Raises:
-        LoraConfigError: For a strategy under which adapters would be lost.
-    """
-    name = type(strategy).__name__
-    if isinstance(strategy, _SHARDED):
-        raise LoraConfigError(
-            f"{name} shards parameters, and adapters cannot be saved under it yet: use strategy='ddp' or one device"
-        )
+def state_for(strategy: Strategy) -> AdapterState:
+    """The way to save and load adapters under a strategy; a warning where the strategy is not known."""
     if isinstance(strategy.launcher, _MultiProcessingLauncher):
-        raise LoraConfigError(
-            f"{name} trains in forked or spawned processes, whose adapters do not come back to this one: "
-            "use strategy='ddp'"
-        )
-    if not isinstance(strategy, _WHOLE):
-        warnings.warn(
-            f"{name} is not a strategy known here: adapters are saved as if every process held the whole model",
-            stacklevel=2,
-        )
-    return PlainState(strategy)
+        return ForkedState(strategy)
+    for kind, state in _STATES.items():
+        if isinstance(strategy, kind):
+            return state(strategy)
+    warnings.warn(
+        f"{type(strategy).__name__} is not a strategy known here: adapters are saved as if every process held the "
+        "whole model",
+        stacklevel=2,
+    )
+    return AdapterState(strategy)

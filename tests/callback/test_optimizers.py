@@ -106,7 +106,9 @@ def test_gradients_that_are_not_finite_stop_or_skip(module_class, make_trainer):
             return loss * float("nan") if self.trainer.global_step == 2 else loss
 
     stopped = Diverges()
-    with pytest.raises(AdapterError, match=r"step 2: gradients are not finite in \d adapter tensors, first net\.0\."):
+    with pytest.raises(
+        AdapterError, match=r"step 2 \(loss nan\): gradients are not finite in \d adapter tensors, first net\.0\."
+    ):
         make_trainer(LoraCallback(CONFIG)).fit(stopped)
     assert all(p.isfinite().all() for p in stopped.parameters())
     skipped = Diverges()

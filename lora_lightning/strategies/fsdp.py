@@ -1,0 +1,59 @@
+"""FSDP: the frozen base is flattened and sharded, the adapters stay whole on every process."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch.distributed as dist
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.optim import Optimizer
+
+from lora_lightning.errors import LoraConfigError
+from lora_lightning.injection import lora_parameters
+from lora_lightning.strategies.replicated import average_gradients
+from lora_lightning.strategies.sharded import ShardedState
+
+
+class FsdpState(ShardedState):
+    """Adapters that FSDP ignores, their gradients averaged here.
+
+    In a flat parameter, what trains would bring memory for the gradient of the whole unit, the frozen base's too.
+    """
+
+    @property
+    def distributed(self) -> bool:
+        """As ``FSDPStrategy(state_dict_type="sharded")`` says."""
+        return cast("FSDPStrategy", self.strategy)._state_dict_type == "sharded"
+
+    def injected(self, target: nn.Module, *, by_callback: bool) -> None:
+        """Keep the adapters out of the flat parameters, and bring them to the device.
+
+        Raises:
+            LoraConfigError: If the user has wrapped the model with the adapters in it.
+        """
+        strategy = cast("FSDPStrategy", self.strategy)
+        adapters = lora_parameters(target)
+        flat = {
+            id(p)
+            for module in self.module.modules()
+            if isinstance(module, FullyShardedDataParallel) and module._handle is not None
+            for p in module._handle.flat_param._params or ()
+        }
+        if inside := [name for name, p in adapters.items() if id(p) in flat]:
+            raise LoraConfigError(
+                f"{inside[0]} and {len(inside) - 1} other adapter tensors are in FSDP's flat parameters, whose "
+                "gradients take the memory of the whole base: wrap with "
+                "FullyShardedDataParallel(…, ignored_states=list(lora_parameters(model).values())), or leave the "
+                "wrapping to the strategy (auto_wrap_policy)"
+            )
+        before = [p for p in strategy.kwargs.get("ignored_states") or () if id(p) not in map(id, adapters.values())]
+        strategy.kwargs["ignored_states"] = [*before, *adapters.values()]
+        for parameter in adapters.values():
+            parameter.data = parameter.data.to(strategy.root_device)
+
+    def synchronise(self, optimizer: Optimizer) -> None:
+        """Average over all processes."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        average_gradients(parameters, dist.group.WORLD)

@@ -1,0 +1,76 @@
+"""FSDP2 and tensor parallel (``ModelParallelStrategy``), where the LightningModule shards itself."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.optim import Optimizer
+
+from lora_lightning.injection.state import lora_layers
+from lora_lightning.injection.tensors import spread_like
+from lora_lightning.layers import LoraLayer
+from lora_lightning.layers.linear import LoraOverLinear
+from lora_lightning.optim.by_kind import step_by_kind
+from lora_lightning.strategies.replicated import average_gradients, settle
+from lora_lightning.strategies.sharded import ShardedState
+
+# The names of Lightning's mesh.
+DATA, TENSOR = "data_parallel", "tensor_parallel"
+
+
+class ModelParallelState(ShardedState):
+    """Adapters beside ``DTensor`` weights.
+
+    Those that are injected before ``fully_shard`` and ``parallelize_module`` become ``DTensor`` with the rest. Those
+    that the callback injects afterwards are whole on every process of the data-parallel mesh, and their gradients are
+    averaged here; over the tensor-parallel mesh they are laid out as their layer is.
+    """
+
+    @property
+    def distributed(self) -> bool:
+        """As ``ModelParallelStrategy(save_distributed_checkpoint=…)`` says."""
+        return cast("ModelParallelStrategy", self.strategy)._save_distributed_checkpoint
+
+    def injected(self, target: nn.Module, *, by_callback: bool) -> None:
+        """Lay adapters out over the tensor-parallel mesh where their layer is."""
+        for _, layer in lora_layers(target):
+            _follow(layer)
+
+    def synchronise(self, optimizer: Optimizer) -> None:
+        """Average over the data-parallel mesh what FSDP2 does not, and let plain and ``DTensor`` parameters step."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        settle(parameters)
+        mesh = cast("ModelParallelStrategy", self.strategy).device_mesh[DATA]
+        if mesh.size() > 1 and (alone := [p for p in parameters if not _over_data(p)]):
+            average_gradients(alone, mesh.get_group())
+        step_by_kind(optimizer)
+
+
+def _over_data(parameter: Tensor) -> bool:
+    return isinstance(parameter, DTensor) and DATA in (parameter.device_mesh.mesh_dim_names or ())
+
+
+def _follow(layer: LoraLayer) -> None:
+    """Megatron's layout: a weight split by outputs has ``lora_B`` split, one split by inputs ``lora_A``."""
+    weight = layer.weight
+    names = weight.device_mesh.mesh_dim_names or () if isinstance(weight, DTensor) else ()
+    if TENSOR not in names or isinstance(layer.lora_A, DTensor):
+        return
+    mesh = weight.device_mesh[TENSOR] if weight.device_mesh.ndim > 1 else weight.device_mesh
+    along = weight.placements[names.index(TENSOR)]
+    linear = isinstance(layer, LoraOverLinear)
+    whole = Replicate()
+    for name, split in (("lora_A", Shard(1)), ("lora_B", Shard(0))):
+        _lay_out(layer, name, mesh, split if linear and along == split else whole)
+
+
+def _lay_out(layer: LoraLayer, name: str, mesh: DeviceMesh, placement: Placement) -> None:
+    parameter: nn.Parameter = getattr(layer, name)
+    like = DTensor.from_local(parameter.detach(), mesh, [Replicate()], run_check=False)
+    if isinstance(placement, Shard):
+        like = like.redistribute(placements=[placement])
+    setattr(layer, name, nn.Parameter(spread_like(like, like), requires_grad=parameter.requires_grad))

@@ -1,0 +1,89 @@
+"""Optimizer states by the names of parameters: what moves between strategies, which number parameters differently."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lora_lightning.errors import AdapterError
+from lora_lightning.injection.names import canonical
+from lora_lightning.injection.tensors import spread_like
+
+
+def named_state(optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
+    """What ``optimizer.state_dict()`` gives, with canonical names of parameters in place of their numbers."""
+    optimizer = _plain(optimizer)
+    names = _names(optimizer, module)
+    state = optimizer.state_dict()
+    return {
+        "state": {names[number]: values for number, values in state["state"].items()},
+        "param_groups": [
+            {**_settings(group), "params": [names[number] for number in group["params"]]}
+            for group in state["param_groups"]
+        ],
+    }
+
+
+def load_named_states(optimizers: Sequence[Optimizer], saved: Sequence[Mapping[str, Any]], module: nn.Module) -> None:
+    """Load what :func:`named_state` gave of each optimizer, all tensors whole, whatever order they have now.
+
+    Raises:
+        AdapterError: If there are other optimizers, groups or parameters than were saved.
+    """
+    if len(optimizers) != len(saved):
+        raise AdapterError(f"the checkpoint has the states of {len(saved)} optimizers, this run has {len(optimizers)}")
+    for number, (optimizer, states) in enumerate(zip(optimizers, saved, strict=True)):
+        _load(_plain(optimizer), states, module, f"optimizer {number}")
+
+
+def _load(optimizer: Optimizer, saved: Mapping[str, Any], module: nn.Module, which: str) -> None:
+    names = _names(optimizer, module)
+    here, there = set(names), {name for group in saved["param_groups"] for name in group["params"]}
+    if here != there:
+        differing = sorted(map(str, here ^ there))
+        raise AdapterError(
+            f"{which} of the checkpoint holds other parameters than this run's: {', '.join(differing[:4])}"
+            + (f" and {len(differing) - 4} more" if differing[4:] else "")
+        )
+    groups = optimizer.state_dict()["param_groups"]
+    if len(groups) != len(saved["param_groups"]):
+        raise AdapterError(
+            f"{which} of the checkpoint has {len(saved['param_groups'])} parameter groups, this run's has {len(groups)}"
+        )
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        number: {key: _laid_out(value, parameters[number]) for key, value in saved["state"][name].items()}
+        for number, name in enumerate(names)
+        if name in saved["state"]
+    }
+    settings = [
+        {**_settings(there), **{key: here[key] for key in ("params", "param_names") if key in here}}
+        for here, there in zip(groups, saved["param_groups"], strict=True)
+    ]
+    optimizer.load_state_dict({"state": state, "param_groups": settings})
+
+
+def _laid_out(value: Any, parameter: Tensor) -> Any:
+    """A saved value beside its parameter: what has the parameter's shape is spread over processes as it is."""
+    if isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim:
+        return spread_like(value, parameter)
+    return value
+
+
+def _names(optimizer: Optimizer, module: nn.Module) -> list[str]:
+    known = {id(p): canonical(name) for name, p in module.named_parameters()}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    # A parameter that belongs to no module of the LightningModule has its place for a name.
+    return [known.get(id(p), f"[{number}]") for number, p in enumerate(held)]
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
+
+
+def _plain(optimizer: Optimizer) -> Optimizer:
+    return optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer

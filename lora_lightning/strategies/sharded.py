@@ -1,0 +1,46 @@
+"""What strategies have in common that spread the base over processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lora_lightning.adapters.distributed import write_distributed
+from lora_lightning.adapters.files import atomic_folder
+from lora_lightning.injection.tensors import whole
+from lora_lightning.optim.clip import clip_by_norm
+from lora_lightning.strategies.state import AdapterState
+
+
+class ShardedState(AdapterState):
+    """Adapters beside a base of which every process has a part; the base is neither gathered nor written.
+
+    A checkpoint is a file that the first process writes, or in distributed form a folder to which each writes its part.
+    """
+
+    def attach(self, *args: Any) -> None:  # noqa: D102  # as the base class's
+        super().attach(*args)
+        # Lightning's refuses FSDP, and a norm over plain tensors and DTensors.
+        vars(self.strategy.precision_plugin)["clip_grad_by_norm"] = clip_by_norm
+
+    @property
+    def distributed(self) -> bool:
+        """Whether checkpoints are written in distributed form."""
+        return False
+
+    def part(self, tensor: Tensor) -> Tensor | None:
+        """In distributed form the tensor as it is; else the first process gets it whole, on the CPU."""
+        if self.distributed:
+            return tensor
+        value = whole(tensor)  # all processes take part, one tensor at a time
+        return value.cpu() if self.strategy.is_global_zero else None
+
+    def write(self, checkpoint: dict[str, Any], path: Path, storage_options: Any | None) -> None:
+        """A folder from every process, or a file from the first."""
+        if self.distributed:
+            with atomic_folder(path) as folder:
+                write_distributed(checkpoint, folder)
+        elif self.strategy.is_global_zero:
+            self.strategy.checkpoint_io.save_checkpoint(checkpoint, path, storage_options=storage_options)

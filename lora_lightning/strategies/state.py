@@ -1,0 +1,180 @@
+"""What a checkpoint holds under a strategy, and its way back: the part that all strategies share."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lora_lightning.adapters.checkpoint import CHECKPOINT_KEY, FORMAT, entries_of, read_checkpoint
+from lora_lightning.config import LoraConfig
+from lora_lightning.errors import AdapterError
+from lora_lightning.injection.state import load_lora_state, lora_state_dict
+from lora_lightning.injection.tensors import whole
+from lora_lightning.strategies import optimizer_state as by_name
+from lora_lightning.strategies import rng
+from lora_lightning.strategies.files import use_atomic_io
+from lora_lightning.strategies.primitives import keep_primitives
+
+
+class AdapterState:
+    """Stands between a trainer and its strategy, so that what is saved and loaded is the adapter.
+
+    The strategy is the one place that every save passes, ``save_weights_only=True`` and asynchronous ones too, and the
+    first to see a checkpoint on its way back. A checkpoint has one content whatever the strategy: the adapter's tensors
+    and the optimizers' states by the parameters' canonical names, so that any strategy reads what another wrote. Here
+    every process holds every parameter whole, as on one device; subclasses say what differs.
+
+    Args:
+        strategy: The trainer's strategy.
+
+    Attributes:
+        rng: The random states that this process had when the loaded checkpoint was written, until they are put back.
+    """
+
+    def __init__(self, strategy: Strategy) -> None:
+        self.strategy = strategy
+        self.entries: Callable[[], dict[str, dict[str, Any]]] = dict
+        self.rng: dict[str, Any] | None = None
+        self._told: set[str] = set()
+        self._save: Callable[..., None] = strategy.save_checkpoint
+        self._load: Callable[..., dict[str, Any]] = strategy.load_checkpoint
+
+    def attach(self, entries: Callable[[], dict[str, dict[str, Any]]]) -> None:
+        """Let the strategy save and load through this object.
+
+        Args:
+            entries: Gives, at each save, what the checkpoint is to say of each adapter.
+        """
+        self.entries, self.rng = entries, None
+        use_atomic_io(self.strategy)
+        vars(self.strategy).update(
+            lightning_module_state_dict=self.model_state,
+            optimizer_state=self.optimizer_state,
+            load_model_state_dict=self.load_model_state,
+            load_optimizer_state_dict=self.load_optimizer_states,
+            save_checkpoint=self.save,
+            load_checkpoint=self.load,
+        )
+
+    # ---- what a strategy may do otherwise
+
+    def injected(self, target: torch.nn.Module, *, by_callback: bool) -> None:
+        """Called once a model, or part of one, has its adapters, before the strategy wraps it.
+
+        Args:
+            target: The LightningModule, or the part below which the adapter is.
+            by_callback: Whether the callback has injected just now; else the user had done so.
+        """
+
+    def synchronise(self, optimizer: Optimizer) -> None:
+        """Average the gradients of an optimizer's parameters over processes where the strategy does not do so."""
+
+    def part(self, tensor: Tensor) -> Tensor | None:
+        """What a checkpoint gets of a tensor: the tensor itself, not a copy; None if another process gives it."""
+        return tensor
+
+    def write(self, checkpoint: dict[str, Any], path: Path, storage_options: Any | None) -> None:
+        """Bring a finished checkpoint to disk; called on every process."""
+        self._save(checkpoint, path, storage_options=storage_options)
+
+    # ---- what is saved
+
+    def model_state(self) -> dict[str, Tensor]:
+        """All that is not the frozen base, by canonical name."""
+        return self._parts(lora_state_dict(self.module))
+
+    def whole_state(self) -> dict[str, Tensor]:
+        """The same with every tensor whole, on every process; call it on all of them."""
+        return {name: whole(value) for name, value in lora_state_dict(self.module).items()}
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """An optimizer's state by the names of its parameters."""
+        state = by_name.named_state(optimizer, self.module)
+        return {
+            "state": {name: self._parts(values) for name, values in state["state"].items()},
+            "param_groups": state["param_groups"],
+        }
+
+    def save(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Write a checkpoint with what it says of its adapters, every rank's random state, and primitives only."""
+        checkpoint[CHECKPOINT_KEY] = {"format": FORMAT, "adapters": self.entries(), "rng": rng.gather()}
+        if dropped := [name for name in keep_primitives(checkpoint) if name not in self._told]:
+            self._told.update(dropped)
+            rank_zero_info(f"not in the checkpoint's hyper_parameters, being no plain values: {', '.join(dropped)}")
+        # Processes may name it differently (a clock in its name); the first one's name counts.
+        self.write(checkpoint, self.strategy.broadcast(filepath), storage_options)
+
+    def _parts(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        parts = {key: self.part(value) if isinstance(value, Tensor) else value for key, value in values.items()}
+        return {key: value for key, value in parts.items() if value is not None}
+
+    # ---- what is loaded
+
+    def load(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint in any form, without running code from it unless ``weights_only=False`` is asked for."""
+        path = self.strategy.broadcast(checkpoint_path)
+        if weights_only is not False and Path(path).exists():
+            return read_checkpoint(path)
+        return self._load(path, **({} if weights_only is None else {"weights_only": weights_only}))
+
+    def load_model_state(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Put a checkpoint's adapter into the module, whatever ``strict`` says: each name must fit.
+
+        Raises:
+            AdapterError: If the checkpoint has no adapter, or another one.
+        """
+        entries = entries_of(checkpoint, "the checkpoint")
+        self._compare(entries)
+        load_lora_state(self.module, checkpoint["state_dict"], "the checkpoint")
+        self.rng = rng.of_this_rank(checkpoint[CHECKPOINT_KEY].get("rng"))
+        if self.module.trainer.state.fn == TrainerFn.FITTING and not self.strategy.lightning_restore_optimizer:
+            self.load_optimizer_states(checkpoint)  # Lightning leaves it to such a strategy to ask for them
+
+    def load_optimizer_states(self, checkpoint: Mapping[str, Any]) -> None:
+        """Put the optimizers' states back.
+
+        Raises:
+            AdapterError: If the optimizers or their groups are others than those of the checkpoint.
+        """
+        saved = checkpoint.get("optimizer_states")
+        if saved is None:
+            raise AdapterError("the checkpoint has no optimizer state (save_weights_only=True): it cannot be resumed")
+        by_name.load_named_states(self.strategy.optimizers, saved, self.module)
+
+    @property
+    def module(self) -> pl.LightningModule:
+        """The LightningModule."""
+        module = self.strategy.lightning_module
+        if module is None:
+            raise AdapterError("no LightningModule is connected to the trainer's strategy")
+        return module
+
+    def _compare(self, entries: Mapping[str, dict[str, Any]]) -> None:
+        problems = []
+        for name, mine in self.entries().items():
+            if name not in entries:
+                problems.append(f"it holds no adapter {name!r}, only {', '.join(entries)}")
+                continue
+            there = entries[name]
+            problems += LoraConfig.from_dict(mine["lora_config"]).difference(LoraConfig.from_dict(there["lora_config"]))
+            folded, wanted = mine["record"].get("bases", []), there["record"].get("bases", [])
+            if folded != wanted:
+                problems.append(f"adapters folded into the base: {folded or 'none'} here, {wanted or 'none'} there")
+            here, told = mine["record"].get("base_fingerprint"), there["record"].get("base_fingerprint")
+            if here and told and here != told:
+                warnings.warn("the checkpoint's adapter was trained on another base model than this", stacklevel=2)
+        if problems:
+            raise AdapterError(
+                "the checkpoint was made with another LoRA config (here: this run's, there: the checkpoint's):"
+                + "".join(f"\n  - {line}" for line in problems)
+            )
