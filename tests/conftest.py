@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -68,3 +72,38 @@ def shake():
                     parameter.add_(size * torch.randn(parameter.shape, generator=generator))
 
     return move
+
+
+@pytest.fixture
+def processes(tmp_path):
+    """Runs a script in several real processes of one gloo group: processes(script, *arguments, world=2).
+
+    Above the script, ``rank``, ``world``, ``out`` (a folder that all share) and ``arguments`` are set.
+    """
+    head = (
+        "import os, sys\nfrom pathlib import Path\nimport torch\nimport torch.distributed as dist\n"
+        "rank, world, out, arguments = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:]\n"
+        "torch.set_num_threads(1)\n"
+        "dist.init_process_group('gloo', init_method=f'file://{out}/meeting', rank=rank, world_size=world)\n"
+    )
+
+    def run(script: str, *arguments: object, world: int = 2) -> Path:
+        out = tmp_path / f"run{time.monotonic_ns()}"
+        out.mkdir()
+        (out / "script.py").write_text(head + script + "\ndist.destroy_process_group()\n")
+        env = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+        started = []
+        for rank in range(world):
+            command = [sys.executable, out / "script.py", str(rank), str(world), out, *map(str, arguments)]
+            with (out / f"rank{rank}.txt").open("w") as log:
+                started.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
+        try:
+            codes = [process.wait(timeout=240) for process in started]
+        finally:
+            for process in started:
+                process.kill()
+        logs = [(out / f"rank{rank}.txt").read_text()[-3000:] for rank in range(world)]
+        assert codes == [0] * world, "\n".join(logs)
+        return out
+
+    return run
