@@ -22,6 +22,7 @@ from lora_lightning.adapters.merge import fold_in
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import AdapterError, LoraConfigError, did_you_mean
 from lora_lightning.injection import LoraReport, check_config, freeze_base, inject_lora, lora_parameters, report_of
+from lora_lightning.injection.inject import default_seed
 from lora_lightning.injection.state import (
     injected_roots,
     lora_layers,
@@ -132,7 +133,8 @@ class LoraCallback(pl.Callback):
         config = self._config_for(target, pl_module)
         if self.base_adapter is not None:
             self._fold_in(target, config, self.base_adapter)
-        report = inject_lora(target, config)
+        # One seed for all processes, whatever each has set for itself: adapters begin equal under every strategy.
+        report = inject_lora(target, config, seed=trainer.strategy.broadcast(default_seed()))
         if fresh and self.base_adapter is not None:
             record_of(the_root(target)[1]).bases = chain_of(self.base_adapter)
         if self.adapter is not None and record_of(the_root(target)[1]).source != str(Path(self.adapter).resolve()):

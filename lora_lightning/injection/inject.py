@@ -50,7 +50,7 @@ def inject_lora(model: nn.Module, config: LoraConfig | Mapping[str, Any], *, see
             The model is as it was then.
     """
     config = config if isinstance(config, LoraConfig) else LoraConfig.from_dict(config)
-    seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+    seed = default_seed() if seed is None else seed
     model = unwrap(model)
     root = _earlier_root(model, config) or find_root(model)[1]
     plan = resolve(root, config, outside=model)
@@ -73,6 +73,11 @@ def inject_lora(model: nn.Module, config: LoraConfig | Mapping[str, Any], *, see
         vars(root)[RECORD] = Injected(config, seed, tuple(before), statistics=copy_statistics(root))
     freeze_base(model)
     return report_of(model, heads)
+
+
+def default_seed() -> int:
+    """``PL_GLOBAL_SEED``, which Lightning's ``seed_everything`` sets, else 0."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
 def check_config(model: nn.Module, config: LoraConfig) -> None:

@@ -33,6 +33,7 @@ class FsdpState(ShardedState):
         Raises:
             LoraConfigError: If the user has wrapped the model with the adapters in it.
         """
+        super().injected(target, by_callback=by_callback)
         strategy = cast("FSDPStrategy", self.strategy)
         adapters = lora_parameters(target)
         flat = {

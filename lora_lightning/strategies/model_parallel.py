@@ -37,6 +37,7 @@ class ModelParallelState(ShardedState):
 
     def injected(self, target: nn.Module, *, by_callback: bool) -> None:
         """Lay adapters out over the tensor-parallel mesh where their layer is."""
+        super().injected(target, by_callback=by_callback)
         for _, layer in lora_layers(target):
             _follow(layer)
 

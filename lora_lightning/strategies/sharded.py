@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from lora_lightning.adapters.distributed import write_distributed
 from lora_lightning.adapters.files import atomic_folder
+from lora_lightning.errors import LoraConfigError
+from lora_lightning.injection.state import injected_roots, record_of
 from lora_lightning.injection.tensors import whole
 from lora_lightning.optim.clip import clip_by_norm
 from lora_lightning.strategies.state import AdapterState
@@ -24,6 +27,21 @@ class ShardedState(AdapterState):
         super().attach(*args)
         # Lightning's refuses FSDP, and a norm over plain tensors and DTensors.
         vars(self.strategy.precision_plugin)["clip_grad_by_norm"] = clip_by_norm
+
+    def injected(self, target: nn.Module, *, by_callback: bool) -> None:
+        """See that what the user has injected began alike on all processes; nothing broadcasts it.
+
+        Raises:
+            LoraConfigError: If it did not.
+        """
+        mine = [record_of(root).seed for root in injected_roots(target).values()]
+        seeds: list[list[int]] = [[]] * self.strategy.world_size  # type: ignore[attr-defined]  # of a parallel strategy
+        dist.all_gather_object(seeds, mine)
+        if any(each != mine for each in seeds):
+            raise LoraConfigError(
+                f"inject_lora was called with other seeds on other processes ({seeds}), so that their adapters differ: "
+                "pass it one seed, or give seed_everything the same on all of them"
+            )
 
     @property
     def distributed(self) -> bool:
