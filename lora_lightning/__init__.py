@@ -16,6 +16,7 @@ _HOMES = {
     "LoraConfig": "config",
     "LoraConfigError": "errors",
     "LoraReport": "injection",
+    "SaveOnSignal": "stopping",
     "inject_lora": "injection",
     "load_adapter": "adapters",
     "load_from_checkpoint": "checkpoint",
@@ -32,6 +33,7 @@ __all__ = [
     "LoraConfig",
     "LoraConfigError",
     "LoraReport",
+    "SaveOnSignal",
     "inject_lora",
     "load_adapter",
     "load_from_checkpoint",
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
         lora_state_dict,
         unload_lora,
     )
+    from lora_lightning.stopping import SaveOnSignal
 
 
 def __getattr__(name: str) -> Any:

@@ -80,7 +80,8 @@ class RunRecorder(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take stock of a run that was broken off."""
-        self._take_stock(trainer, pl_module, "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed")
+        asked = isinstance(exception, (KeyboardInterrupt, SystemExit))  # a signal's handler ends with the latter
+        self._take_stock(trainer, pl_module, "interrupted" if asked else "failed")
 
     def state_dict(self) -> dict[str, Any]:
         """The metrics before training, for a run that is resumed."""
