@@ -19,11 +19,13 @@ _HOMES = {
     "SaveOnSignal": "stopping",
     "inject_lora": "injection",
     "load_adapter": "adapters",
+    "load_base": "adapters",
     "load_from_checkpoint": "checkpoint",
     "lora_disabled": "injection",
     "lora_parameters": "injection",
     "lora_state_dict": "injection",
     "merge_lora": "adapters",
+    "meta_parameters": "injection",
     "save_adapter": "adapters",
     "unload_lora": "injection",
 }
@@ -36,17 +38,19 @@ __all__ = [
     "SaveOnSignal",
     "inject_lora",
     "load_adapter",
+    "load_base",
     "load_from_checkpoint",
     "lora_disabled",
     "lora_parameters",
     "lora_state_dict",
     "merge_lora",
+    "meta_parameters",
     "save_adapter",
     "unload_lora",
 ]
 
 if TYPE_CHECKING:
-    from lora_lightning.adapters import load_adapter, merge_lora, save_adapter
+    from lora_lightning.adapters import load_adapter, load_base, merge_lora, save_adapter
     from lora_lightning.callback import LoraCallback
     from lora_lightning.checkpoint import load_from_checkpoint
     from lora_lightning.config import LoraConfig
@@ -57,6 +61,7 @@ if TYPE_CHECKING:
         lora_disabled,
         lora_parameters,
         lora_state_dict,
+        meta_parameters,
         unload_lora,
     )
     from lora_lightning.stopping import SaveOnSignal

@@ -1,7 +1,16 @@
-"""Adapters as files: PEFT's folder format, checkpoints, and merging into the base."""
+"""Files: adapters in PEFT's folder format, checkpoints, a base's weights; and merging into the base."""
 
+from lora_lightning.adapters.base_weights import load_base
 from lora_lightning.adapters.checkpoint import adapter_from_checkpoint
 from lora_lightning.adapters.folder import load_adapter, read_config, read_record, save_adapter
 from lora_lightning.adapters.merge import merge_lora
 
-__all__ = ["adapter_from_checkpoint", "load_adapter", "merge_lora", "read_config", "read_record", "save_adapter"]
+__all__ = [
+    "adapter_from_checkpoint",
+    "load_adapter",
+    "load_base",
+    "merge_lora",
+    "read_config",
+    "read_record",
+    "save_adapter",
+]

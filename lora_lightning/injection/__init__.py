@@ -1,6 +1,7 @@
 """Putting adapters into a model and taking them out again; a model is a tree of modules here, nothing more."""
 
 from lora_lightning.injection.inject import check_config, freeze_base, inject_lora, report_of
+from lora_lightning.injection.materialise import meta_parameters
 from lora_lightning.injection.report import LoraReport, LoraRow
 from lora_lightning.injection.state import lora_parameters, lora_state_dict
 from lora_lightning.injection.unload import lora_disabled, unload_lora
@@ -14,6 +15,7 @@ __all__ = [
     "lora_disabled",
     "lora_parameters",
     "lora_state_dict",
+    "meta_parameters",
     "report_of",
     "unload_lora",
 ]
