@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from lora_lightning.cli.told import told
+
+# What save_pretrained writes of a tokenizer, whichever kind it is.
+_TOKENIZER = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "additional_chat_templates",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+)
 
 
 def main(arguments: Sequence[str] | None = None, command: str | None = None) -> None:
@@ -17,7 +31,9 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
         command: How the program is called, for its help.
     """
     parser = argparse.ArgumentParser(
-        prog=command, description="Make an adapter folder, which PEFT loads, from a checkpoint; the base is not needed."
+        prog=command,
+        description="Make an adapter folder, which PEFT loads, from a checkpoint; the base is not needed. The tokenizer "
+        "is that of the adapter folder which the run wrote, where there is one.",
     )
     parser.add_argument("checkpoint", type=Path, help="a .ckpt file of a run with LoRA")
     parser.add_argument("folder", type=Path, nargs="?", help="where (default: <checkpoint>-adapter beside it)")
@@ -27,7 +43,42 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
     with told():
         from lora_lightning.adapters import adapter_from_checkpoint  # torch: not for --help
 
-        print(adapter_from_checkpoint(chosen.checkpoint, folder, name=chosen.name))
+        made = adapter_from_checkpoint(chosen.checkpoint, folder, name=chosen.name)
+    saved = adapter_of_run(chosen.checkpoint, chosen.name)
+    if not copy_tokenizer(saved, made):
+        print(
+            f"{made} has no tokenizer, since a checkpoint holds none and there is none in {saved}: whoever reads it "
+            "takes the base model's, whose chat template and special tokens may be others than those of training",
+            file=sys.stderr,
+        )
+    print(made)
+
+
+def adapter_of_run(checkpoint: Path, name: str = "default") -> Path:
+    """Where the run that wrote ``checkpoints/NAME.ckpt`` leaves its adapter when it ends; it need not be there."""
+    folder = checkpoint.absolute().parent.parent / "adapter"
+    return folder if name == "default" else folder / name
+
+
+def copy_tokenizer(source: Path, folder: Path) -> list[str]:
+    """Copy a tokenizer's files, its chat template among them, from one folder to another.
+
+    Args:
+        source: The folder that may have a tokenizer.
+        folder: Where to; files of those names are written over.
+
+    Returns:
+        What was copied; nothing where ``source`` has no tokenizer.
+    """
+    if not (source / "tokenizer_config.json").is_file():
+        return []
+    found = sorted({path for pattern in _TOKENIZER for path in source.glob(pattern)})
+    for path in found:
+        if path.is_dir():
+            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+        else:
+            shutil.copy2(path, folder / path.name)
+    return [path.name for path in found]
 
 
 if __name__ == "__main__":

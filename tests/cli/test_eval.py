@@ -1,13 +1,11 @@
-"""`scripts/eval.py` and `scripts/to_adapter.py` on a run's products."""
+"""`scripts/eval.py` on a run's products."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
-from safetensors.torch import load_file
 
-from lora_lightning.cli import to_adapter
 from lora_lightning.cli.eval import main
 
 
@@ -46,19 +44,3 @@ def test_a_missing_adapter_is_a_message(call, tmp_path):
     assert done.status == 1
     assert "/nowhere" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_a_checkpoint_becomes_the_folder_that_the_run_wrote(smoke, capsys, tmp_path):
-    folder, _ = smoke
-    to_adapter.main([str(folder / "checkpoints" / "last.ckpt"), str(tmp_path / "made")])
-    assert capsys.readouterr().out.strip() == str(tmp_path / "made")
-    made, saved = (load_file(place / "adapter_model.safetensors") for place in (tmp_path / "made", folder / "adapter"))
-    assert made.keys() == saved.keys()
-    assert all(made[key].equal(saved[key]) for key in made)
-
-
-def test_what_is_no_checkpoint_is_a_message(capsys, tmp_path):
-    with pytest.raises(SystemExit) as left:
-        to_adapter.main([str(tmp_path / "nothing.ckpt")])
-    assert left.value.code == 1
-    assert "nothing.ckpt" in capsys.readouterr().err
