@@ -24,6 +24,7 @@ from lora_lightning.errors import AdapterError, LoraConfigError, did_you_mean
 from lora_lightning.injection import LoraReport, check_config, freeze_base, inject_lora, lora_parameters, report_of
 from lora_lightning.injection.inject import default_seed
 from lora_lightning.injection.state import (
+    freeze_statistics,
     injected_roots,
     lora_layers,
     record_of,
@@ -61,6 +62,9 @@ class LoraCallback(pl.Callback):
         module: Attribute of the LightningModule to inject below; nothing outside it is touched.
         name: The adapter's name; two callbacks of one trainer need two.
         on_nonfinite: What to do when gradients are not finite: ``"stop"`` with an error, or ``"skip"`` the step.
+        freeze_norm_stats: Keep the running statistics of normalisation layers (BatchNorm) in the frozen base as they
+            are, so that the adapter over the untouched base is all that training has made. False lets them move:
+            checkpoints hold them, an adapter folder does not.
 
     Attributes:
         report: What was injected, a :class:`LoraReport`, once ``setup`` has run.
@@ -80,6 +84,7 @@ class LoraCallback(pl.Callback):
         module: str | None = None,
         name: str = "default",
         on_nonfinite: Literal["stop", "skip"] = "stop",
+        freeze_norm_stats: bool = True,
     ) -> None:
         super().__init__()
         if isinstance(config, Mapping):
@@ -96,6 +101,7 @@ class LoraCallback(pl.Callback):
         self.module = module
         self.name = name
         self.on_nonfinite = on_nonfinite
+        self.freeze_norm_stats = freeze_norm_stats
         self.report: LoraReport | None = None
         self.adapter_path: Path | None = None
         self.best_adapter_path: Path | None = None
@@ -216,6 +222,11 @@ class LoraCallback(pl.Callback):
         if asleep and any(layer.lora_dropout for _, layer in lora_layers(target)):
             rank_zero_info(
                 f"{asleep} LoRA layers were in eval mode; put in train mode, so that lora_dropout is in force"
+            )
+        if self.freeze_norm_stats and (names := freeze_statistics(target)):
+            rank_zero_info(
+                f"the running statistics of {len(names)} normalisation layers stay as they are (first: {names[0]}); "
+                "freeze_norm_stats=False lets them move"
             )
         # Restored before the first iterator is made, which draws from them as the next epoch's would have.
         if (state := _state_of(trainer).rng) is not None:

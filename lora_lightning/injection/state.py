@@ -197,6 +197,22 @@ def copy_statistics(root: nn.Module) -> dict[str, Tensor]:
     return {name: found[name].clone() for name in _running_statistics(root) if name in found}
 
 
+def freeze_statistics(model: nn.Module) -> list[str]:
+    """Put normalisation layers with running statistics in a frozen base into eval mode, in which those stay.
+
+    Returns:
+        Their names; layers that train in full, and those outside an injected root, are left alone.
+    """
+    full = {id(module) for _, module, _ in trained_in_full(model)}
+    frozen = []
+    for prefix, root in injected_roots(model).items():
+        for name, module in canonical_modules(root):
+            if isinstance(module, _NormBase) and module.track_running_stats and id(module) not in full:
+                module.eval()
+                frozen.append(_join(prefix, name))
+    return frozen
+
+
 def _join(prefix: str, local: str) -> str:
     return f"{prefix}.{local}" if prefix else local
 

@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
+from lora_lightning.strategies.ddp import DdpState
 from lora_lightning.strategies.forked import ForkedState
 from lora_lightning.strategies.fsdp import FsdpState
 from lora_lightning.strategies.model_parallel import ModelParallelState
@@ -23,7 +24,7 @@ __all__ = ["AdapterState", "state_for"]
 _STATES: dict[type[Strategy], type[AdapterState]] = {
     FSDPStrategy: FsdpState,
     ModelParallelStrategy: ModelParallelState,
-    DDPStrategy: AdapterState,
+    DDPStrategy: DdpState,
     SingleDeviceStrategy: AdapterState,
 }
 

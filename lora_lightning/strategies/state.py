@@ -18,10 +18,11 @@ from torch.optim import Optimizer
 from lora_lightning.adapters.checkpoint import CHECKPOINT_KEY, FORMAT, entries_of, read_checkpoint
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import AdapterError
-from lora_lightning.injection.state import load_lora_state, lora_state_dict
+from lora_lightning.injection.state import load_lora_state, lora_parameters, lora_state_dict
 from lora_lightning.injection.tensors import whole
 from lora_lightning.strategies import optimizer_state as by_name
 from lora_lightning.strategies import rng
+from lora_lightning.strategies.equal import assert_equal_across_ranks
 from lora_lightning.strategies.files import use_atomic_io
 from lora_lightning.strategies.primitives import keep_primitives
 
@@ -106,7 +107,12 @@ class AdapterState:
         }
 
     def save(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Write a checkpoint with what it says of its adapters, every rank's random state, and primitives only."""
+        """Write a checkpoint with what it says of its adapters, every rank's random state, and primitives only.
+
+        Raises:
+            AdapterError: If processes' adapters have drifted apart, or it cannot be written.
+        """
+        assert_equal_across_ranks(lora_parameters(self.module))
         checkpoint[CHECKPOINT_KEY] = {"format": FORMAT, "adapters": self.entries(), "rng": rng.gather()}
         if dropped := [name for name in keep_primitives(checkpoint) if name not in self._told]:
             self._told.update(dropped)
