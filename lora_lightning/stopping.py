@@ -123,7 +123,7 @@ class SaveOnSignal(pl.Callback):
                 # Lightning's own talks to the other processes from within the signal, when they may be at something
                 # else, and makes the run end without saving. What it is for is done here; whoever was before it counts.
                 self._owners[number] = trainer._signal_connector._original_handlers.get(number) or signal.SIG_DFL
-            signal.signal(number, self._note)
+            signal.signal(number, signal.SIG_IGN if self._owners[number] == signal.SIG_IGN else self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT == self._noted:
@@ -139,7 +139,7 @@ class SaveOnSignal(pl.Callback):
     def _leave(self) -> None:
         """Put the handlers back, as far as nobody else has set one since."""
         for number, handler in self._before.items():
-            if signal.getsignal(number) == self._note:
+            if signal.getsignal(number) in (self._note, signal.SIG_IGN):
                 signal.signal(number, handler)
         self._before, self._noted = {}, 0
         if self._group is not None:
@@ -159,7 +159,7 @@ class SaveOnSignal(pl.Callback):
 
     def _stop_if_asked(self, trainer: pl.Trainer) -> None:
         number = self._agreed()
-        if not number or trainer.should_stop or trainer.fit_loop.epoch_loop._is_training_done:
+        if not number or trainer.should_stop or _is_over(trainer):
             return  # a fit that is at its end goes through with it
         owner = self._owners.get(number, signal.SIG_DFL)
         if isinstance(owner, _HandlersCompose):
@@ -194,6 +194,15 @@ class SaveOnSignal(pl.Callback):
             owner(number, inspect.currentframe())
         # Whoever started the other processes takes their status for a crash, unless it is 0.
         raise SIGTERMException(128 + number if first else 0)
+
+
+def _is_over(trainer: pl.Trainer) -> bool:
+    """Whether this was the last step."""
+    if 0 <= trainer.max_steps <= trainer.global_step:
+        return True
+    epochs = trainer.max_epochs
+    ends = trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+    return ends and epochs is not None and 0 <= epochs <= trainer.current_epoch + 1
 
 
 def _is_bypass(handler: Any) -> bool:
