@@ -32,8 +32,8 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
     """
     parser = argparse.ArgumentParser(
         prog=command,
-        description="Make an adapter folder, which PEFT loads, from a checkpoint; the base is not needed. The tokenizer "
-        "is that of the adapter folder which the run wrote, where there is one.",
+        description="Make an adapter folder, which PEFT loads, from a checkpoint; the base is not needed. The "
+        "tokenizer is that of the adapter folder which the run wrote, where there is one.",
     )
     parser.add_argument("checkpoint", type=Path, help="a .ckpt file of a run with LoRA")
     parser.add_argument("folder", type=Path, nargs="?", help="where (default: <checkpoint>-adapter beside it)")

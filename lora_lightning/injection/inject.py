@@ -10,6 +10,7 @@ from torch import nn
 
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import LoraConfigError
+from lora_lightning.injection.frozen import bare_parameters, frozen_heads, warn_of_bare
 from lora_lightning.injection.initialise import generator_for, initialise
 from lora_lightning.injection.names import canonical_modules, find_root, unwrap
 from lora_lightning.injection.report import LoraReport, LoraRow
@@ -25,7 +26,7 @@ from lora_lightning.injection.state import (
     record_of,
     trained_in_full,
 )
-from lora_lightning.injection.targets import output_embeddings, resolve
+from lora_lightning.injection.targets import resolve
 from lora_lightning.injection.unload import FAST_PATH
 from lora_lightning.layers import LoraLayer, adapt
 
@@ -55,7 +56,8 @@ def inject_lora(model: nn.Module, config: LoraConfig | Mapping[str, Any], *, see
     root = _earlier_root(model, config) or find_root(model)[1]
     plan = resolve(root, config, outside=model)
     before = [name for name, p in root.named_parameters() if p.requires_grad]
-    heads = frozen_heads(model, root, set().union(*map(_parts, plan.in_full.values())))
+    heads = frozen_heads(model, root, plan.in_full.values())
+    bare = bare_parameters(model, root, heads)
     for target in plan.targets:
         if isinstance(target.layer, LoraLayer):
             continue
@@ -72,6 +74,7 @@ def inject_lora(model: nn.Module, config: LoraConfig | Mapping[str, Any], *, see
     if RECORD not in vars(root):
         vars(root)[RECORD] = Injected(config, seed, tuple(before), statistics=copy_statistics(root))
     freeze_base(model)
+    warn_of_bare(bare)
     return report_of(model, heads)
 
 
@@ -114,39 +117,6 @@ def report_of(model: nn.Module, heads: tuple[str, ...] = (), whole: nn.Module | 
     parameters = list((whole or model).parameters())
     trainable = sum(_numel(p) for p in parameters if p.requires_grad)
     return LoraReport(rows, trainable, sum(_numel(p) for p in parameters), heads)
-
-
-def frozen_heads(model: nn.Module, root: nn.Module, in_full: set[int]) -> tuple[str, ...]:
-    """Modules that look meant to train although the config does not name them, as ``modules_to_save`` would.
-
-    In a model that is trainable as a whole these are the modules beside the transformers backbone: a fresh head, or
-    layers of the LightningModule around it. In one that was frozen in part, all that was left trainable.
-    """
-    head = output_embeddings(root)
-    backbone = getattr(root, str(getattr(root, "base_model_prefix", "")), root) or root
-    whole = all(p.requires_grad for p in root.parameters())
-    known = in_full | _parts(head) | (_parts(backbone) if whole else set())
-    found = _topmost(root, known)
-    if root is not model:
-        found += _topmost(model, known | _parts(root))
-    return tuple(dict.fromkeys(found))
-
-
-def _parts(module: nn.Module | None) -> set[int]:
-    return set() if module is None else {id(part) for part in module.modules()}
-
-
-def _topmost(model: nn.Module, known: set[int]) -> list[str]:
-    """Outermost modules with trainable, not yet adapted parameters, none of whose parts is known."""
-    found: list[str] = []
-    for name, module in canonical_modules(model):
-        if not name or any(name.startswith(f"{outer}.") for outer in found):
-            continue
-        parts = list(module.modules())
-        fresh = not any(id(part) in known or isinstance(part, LoraLayer) for part in parts)
-        if fresh and (parameters := list(module.parameters())) and all(p.requires_grad for p in parameters):
-            found.append(name)
-    return found
 
 
 def _earlier_root(model: nn.Module, config: LoraConfig) -> nn.Module | None:

@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -272,3 +273,65 @@ def test_importing_the_package_is_light():
     code = f"import lora_lightning, sys; print([name for name in {heavy} if name in sys.modules])"
     env = {**os.environ, "PYTHONPATH": os.getcwd()}
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env).stdout.strip() == "[]"
+
+
+class Trained(nn.Module):
+    """A network inside something with a parameter of its own, which is in no module that could be named."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        self.temperature = nn.Parameter(torch.ones(1))
+
+    def training_step(self, batch):
+        return self.net(batch)
+
+
+def test_a_parameter_that_is_in_no_module_is_named_when_it_is_frozen(llama):
+    around = nn.ModuleDict({"outer": Trained(llama), "scales": nn.ParameterList([torch.zeros(2)])})
+    with pytest.warns(
+        UserWarning, match=r"froze outer\.temperature, .*no module.*nn\.ParameterDict.*modules_to_save"
+    ) as told:
+        report = inject_lora(around, LoraConfig(r=2))
+    assert len(told) == 1
+    assert not around["outer"].temperature.requires_grad
+    assert report.frozen_heads == ("scales",)  # a ParameterList is a module, and can be named
+
+
+def test_what_is_told_of_such_a_parameter_helps(llama):
+    around = Trained(llama)
+    del around.temperature
+    around.own = nn.ParameterDict({"temperature": nn.Parameter(torch.ones(1))})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        inject_lora(around, LoraConfig(r=2, modules_to_save=["own"]))
+    assert around.own["temperature"].requires_grad
+    assert "own.temperature" in lora_state_dict(around)
+
+
+def test_so_is_that_of_a_lightning_module_which_is_all_there_is():
+    with pytest.warns(UserWarning, match="froze temperature, "):
+        inject_lora(Trained(nn.Sequential(nn.Linear(4, 4))), LoraConfig(r=2))
+
+
+def test_parameters_that_are_the_networks_own_or_were_frozen_are_not_named(llama):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.position = nn.Parameter(torch.zeros(4))
+            self.layer = nn.Linear(4, 4)
+
+    frozen = Trained(nn.Linear(4, 4))
+    frozen.temperature.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        inject_lora(Network(), LoraConfig(r=2))
+        inject_lora(frozen, LoraConfig(r=2))
+        inject_lora(llama, LoraConfig(r=2))
+
+
+def test_in_a_network_frozen_in_part_what_was_left_trainable_is_named():
+    network = nn.ModuleDict({"body": Trained(nn.Linear(4, 4))})
+    network["body"].net.requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"froze body\.temperature, "):
+        inject_lora(network, LoraConfig(r=2))
