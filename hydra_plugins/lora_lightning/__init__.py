@@ -6,6 +6,8 @@ This is imported by each Hydra app on the machine, so it imports nothing heavy.
 from __future__ import annotations
 
 import math
+import os
+import zlib
 from typing import Any
 
 from hydra.core.config_search_path import ConfigSearchPath
@@ -51,5 +53,24 @@ def learning_rate_for_scale(learning_rate: float, r: Any, lora_alpha: Any, use_r
     return learning_rate * min(1.0, USUAL_SCALE / scale) if scale else learning_rate
 
 
+def job_or_time(time: str, overrides: str = "") -> str:
+    """What tells a run's folder from others: the SLURM job, which is the same once it is requeued, or else the time.
+
+    Commands that one job runs one after the other are told apart by a checksum of their settings. In an interactive
+    session the time counts, since whoever sits there may run a command twice.
+
+    >>> job_or_time("2025-01-31_12-00-00")
+    '2025-01-31_12-00-00'
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if not job or os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
+        return time
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        job = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID', '0')}"
+    return f"slurm-{job}" + (f"-{zlib.crc32(overrides.encode()):08x}" if overrides else "")
+
+
+# Cached as the time is: jobs of a sweep keep the folder that was chosen where the sweep was started.
+OmegaConf.register_new_resolver("lora_lightning.job_or_time", job_or_time, replace=True, use_cache=True)
 OmegaConf.register_new_resolver("lora_lightning.alpha_for_rank", alpha_for_rank, replace=True)
 OmegaConf.register_new_resolver("lora_lightning.learning_rate_for_scale", learning_rate_for_scale, replace=True)

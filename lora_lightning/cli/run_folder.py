@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 
 from lora_lightning.errors import LoraConfigError
@@ -18,28 +19,68 @@ def is_first_process() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in _RANKS)
 
 
-def checkpoint_in(folder: Path, ckpt_path: str | None) -> Path | None:
-    """The checkpoint to resume from: a file, or with ``last`` the latest one of the run in ``folder``.
+def checkpoint_in(folder: Path, ckpt_path: str | None, resume: str | None = None) -> Path | None:
+    """The checkpoint to go on with: a file, or the newest whole one of the run in ``folder``.
+
+    A job that SLURM has requeued goes on by itself.
+
+    Args:
+        folder: The run's folder.
+        ckpt_path: A checkpoint, or ``last`` for the newest of the folder, which has to be there then.
+        resume: ``auto`` for the newest of the folder, if there is one.
 
     Raises:
-        LoraConfigError: There is none.
+        LoraConfigError: There is none, or what is asked for contradicts itself.
         AdapterError: It cannot be read, or holds no adapter.
     """
-    if ckpt_path is None:
+    if resume not in (None, "auto"):
+        raise LoraConfigError(
+            f"resume must be auto or null, got {resume!r}; a checkpoint of your own: ckpt_path={resume}"
+        )
+    if resume and ckpt_path:
+        raise LoraConfigError(f"resume=auto looks for a checkpoint, and ckpt_path={ckpt_path} names one: leave one out")
+    if ckpt_path is None and resume is None and not is_requeued():
         return None
     from lora_lightning.adapters.checkpoint import read_checkpoint  # torch, without which a command is checked
 
-    path = Path(ckpt_path)
-    if ckpt_path == "last":
-        found = sorted((folder / "checkpoints").glob("last*.ckpt"), key=lambda file: file.stat().st_mtime)
-        if not found:
+    if ckpt_path not in (None, "last"):
+        path = Path(ckpt_path)
+    else:
+        found = _newest(folder)
+        if found is None and ckpt_path == "last":
             raise LoraConfigError(
-                f"ckpt_path=last: no checkpoint in {folder / 'checkpoints'}. Name the run to resume with "
+                f"ckpt_path=last: no whole checkpoint in {folder / 'checkpoints'}. Name the run to resume with "
                 "hydra.run.dir=<its folder>, or a checkpoint file with ckpt_path"
             )
-        path = found[-1]
+        if is_first_process():
+            why = "resume=auto" if resume else (ckpt_path and "ckpt_path=last") or "Requeued by SLURM"
+            print(
+                f"{why}: " + (f"going on with {found}" if found else f"no whole checkpoint in {folder}, starting anew")
+            )
+        if found is None:
+            return None
+        path = found
     read_checkpoint(path)
     return path
+
+
+def is_requeued() -> bool:
+    """Whether SLURM has started this job before."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+
+
+def _newest(folder: Path) -> Path | None:
+    from lora_lightning.adapters.files import remove_leftovers
+    from lora_lightning.adapters.newest import newest_whole
+
+    if is_first_process():
+        for place in (folder, folder / "checkpoints"):
+            remove_leftovers(place)
+    with warnings.catch_warnings():
+        if not is_first_process():
+            warnings.simplefilter("ignore")  # the first one warns for all
+        # Lightning writes into the folder itself when SLURM gives it a sign.
+        return newest_whole(folder / "checkpoints", *folder.glob("hpc_ckpt_*.ckpt"))
 
 
 def claim(folder: Path, *, resuming: bool) -> None:
@@ -62,7 +103,7 @@ def claim(folder: Path, *, resuming: bool) -> None:
     if products := _products(folder):
         raise LoraConfigError(
             f"{folder} holds an earlier run's {', '.join(products)}, which would be overwritten.\n"
-            "  - to go on with that run: add ckpt_path=last\n"
+            "  - to go on with that run: add resume=auto\n"
             "  - to start anew: leave hydra.run.dir out, or name another folder with it\n"
             "  - to throw the earlier run away: delete the folder first"
         )

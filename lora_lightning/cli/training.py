@@ -36,8 +36,9 @@ def train(cfg: DictConfig) -> float | None:
     """
     folder = Path(cfg.paths.output_dir)
     LoraConfig.from_dict(cfg.lora)  # before anything is loaded, written or moved
-    checkpoint = run_folder.checkpoint_in(folder, cfg.ckpt_path)
-    run_folder.claim(folder, resuming=checkpoint is not None)
+    checkpoint = run_folder.checkpoint_in(folder, cfg.ckpt_path, cfg.resume)
+    goes_on = checkpoint is not None or cfg.resume is not None or run_folder.is_requeued()
+    run_folder.claim(folder, resuming=goes_on)
     prepare(cfg)
     if run_folder.is_first_process():
         _write_config(cfg, folder)

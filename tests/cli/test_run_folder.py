@@ -48,7 +48,7 @@ def test_products_are_refused_and_left_alone(tmp_path, product):
     (tmp_path / product / "file").write_text("precious")
     with pytest.raises(LoraConfigError, match=f"{product}.*would be overwritten") as raised:
         claim(tmp_path, resuming=False)
-    assert "ckpt_path=last" in str(raised.value)
+    assert "resume=auto" in str(raised.value)
     assert (tmp_path / product / "file").read_text() == "precious"
 
 

@@ -76,13 +76,30 @@ def test_every_key_of_a_preset_says_what_it_is_for(path):
             assert "  # " in line or lines[number - 1].startswith("#"), line
 
 
-def test_the_run_folder_is_named_after_the_experiment_and_the_time(composed):
+RUN_FOLDER = {
+    "no job": ({}, r"outputs/smoke/\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d"),
+    "a job": ({"SLURM_JOB_ID": "41", "SLURM_JOB_NAME": "train"}, r"outputs/smoke/slurm-41-[0-9a-f]{8}"),
+    "of an array": (
+        {"SLURM_JOB_ID": "43", "SLURM_ARRAY_JOB_ID": "41", "SLURM_ARRAY_TASK_ID": "2"},
+        r"outputs/smoke/slurm-41_2-[0-9a-f]{8}",
+    ),
+    "interactive": ({"SLURM_JOB_ID": "41", "SLURM_JOB_NAME": "bash"}, r"outputs/smoke/\d{4}-.*"),
+}
+
+
+@pytest.mark.parametrize("kind", RUN_FOLDER)
+def test_the_run_folder_is_named_after_the_experiment_and_the_time_or_the_job(composed, monkeypatch, kind):
     from hydra import compose
 
+    environment, pattern = RUN_FOLDER[kind]
+    for name in ("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     cfg = compose("train", overrides=["experiment=smoke"], return_hydra_config=True)
-    run_dir = OmegaConf.to_container(cfg.hydra.run, resolve=False)["dir"]
-    assert run_dir == "outputs/${name}/${now:%Y-%m-%d_%H-%M-%S}"
-    assert cfg.name == "smoke"
+    cfg.hydra.job.override_dirname = "experiment=smoke"
+    assert re.fullmatch(pattern, cfg.hydra.run.dir)
+    assert "sweep_" in cfg.hydra.sweep.dir
 
 
 def test_the_csv_logger_comes_first_and_writes_into_the_run_folder(composed):
