@@ -80,7 +80,7 @@ class GlobalHydraKept:
 
 
 def _problems(overrides: list[Override], config_name: str, *, runs: bool) -> list[Problem]:
-    groups = _Groups()
+    groups = _Groups(config_name)
     problems = [problem for each in overrides if (problem := groups.check(each)) is not None]
     wrong = {problem.argument for problem in problems}
     chosen = [each for each in overrides if groups.has(each) and each.input_line not in wrong]
@@ -97,9 +97,14 @@ def _problems(overrides: list[Override], config_name: str, *, runs: bool) -> lis
 
 
 class _Groups:
-    """The config groups and their choices."""
+    """The config groups and their choices.
 
-    def __init__(self) -> None:
+    Args:
+        config_name: The primary configuration.
+    """
+
+    def __init__(self, config_name: str) -> None:
+        self._config_name = config_name
         self._loader = GlobalHydra.instance().config_loader()
         self.names = [name for name in self._loader.list_groups("") if name != "hydra"]
 
@@ -107,22 +112,32 @@ class _Groups:
         return override.key_or_group in self.names
 
     def check(self, override: Override) -> Problem | None:
-        if not self.has(override) or override.is_delete():
+        if not self.has(override):
             return None
-        group = override.key_or_group
+        group, line = override.key_or_group, override.input_line or ""
         choices = [name for name in self._loader.get_group_options(group) if not name.startswith("_")]
-        values = override.sweep_iterator() if override.is_sweep_override() else [override.value()]
+        if override.is_delete():
+            return self._left_out(group, line, choices)
+        sweep = override.is_sweep_override()
+        values = override.sweep_iterator() if sweep else [override.value()]
         flat = [item for value in values for item in (value if isinstance(value, list) else [value])]
         for value in flat:
             if value is None:
-                return Problem(override.input_line or "", f"a group is left out with a tilde: ~{group}", f"~{group}")
+                tilde = Problem(line, f"a group is left out with a tilde: ~{group}", None if sweep else f"~{group}")
+                return self._left_out(group, line, choices) or tilde
             if str(value) not in choices:
                 near = difflib.get_close_matches(str(value), choices, n=1)
                 hint = f" (did you mean {near[0]}?)" if near else ""
                 message = f"{group} has no choice {str(value)!r}{hint}; there are {', '.join(choices)}"
-                line = override.input_line or ""
                 return Problem(line, message, line.replace(str(value), near[0]) if near else None)
         return None
+
+    def _left_out(self, group: str, line: str, choices: list[str]) -> Problem | None:
+        """What is wrong with leaving a group out; nothing where it only sets keys of others."""
+        whole = _compose(self._config_name, [])
+        if whole is None or group not in whole:
+            return None
+        return Problem(line, f"{line}: {group} cannot be left out, every run reads it; there are {', '.join(choices)}")
 
 
 def _check_key(override: Override, candidates: Candidates) -> Problem | None:
@@ -194,7 +209,13 @@ def _program(path: str) -> str:
 
     >>> _program("scripts/train.py")
     'python scripts/train.py'
+    >>> _program(__file__)
+    'python -m lora_lightning.cli.overrides'
     """
+    package = Path(__file__).parents[1]
+    if Path(path).resolve().is_relative_to(package):
+        module = Path(path).resolve().relative_to(package.parent).with_suffix("")
+        return f"python -m {'.'.join(module.parts)}"
     here = os.path.relpath(path)
     shown = here if not here.startswith("..") else path
     return f"python {shlex.quote(shown)}" if Path(path).suffix == ".py" else shlex.quote(shown)

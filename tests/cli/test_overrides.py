@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
+from lora_lightning.cli import train
 from lora_lightning.cli.overrides import check_command
 from lora_lightning.cli.told import CommandError
 from lora_lightning.errors import LoraConfigError
@@ -115,6 +116,36 @@ def test_what_is_right_passes(arguments):
 
 def test_a_choice_of_a_sweep_is_checked_too():
     assert "no choice 'huge'" in str(refusal("-m", "lora=balanced,huge"))
+
+
+@pytest.mark.parametrize("typed", ["lora=null", "~lora", "lora=[balanced,null]", "~lora=balanced"])
+def test_a_group_that_every_run_reads_cannot_be_left_out(typed):
+    error = refusal("experiment=smoke", typed)
+    assert f"{typed}: lora cannot be left out" in str(error)
+    assert "balanced, conservative, high_capacity" in str(error)
+    assert error.command is None
+
+
+@pytest.mark.parametrize("group", ["model", "data", "task", "optimizer", "scheduler", "trainer", "callbacks", "logger"])
+def test_so_with_every_group_that_has_a_key(group):
+    assert f"~{group}: {group} cannot be left out" in str(refusal(f"~{group}"))
+
+
+def test_groups_that_only_set_keys_of_others_can_be_left_out():
+    check_command(["scripts/train.py", "~debug", "~experiment"], "train")
+    assert refusal("experiment=null").command == "python scripts/train.py '~experiment'"
+
+
+def test_in_a_sweep_no_tilde_takes_the_place_of_a_choice():
+    error = refusal("-m", "debug=null,overfit")
+    assert "~debug" in str(error)
+    assert error.command is None
+
+
+def test_the_package_run_as_a_module_is_told_so():
+    with pytest.raises(CommandError) as raised:
+        check_command([train.__file__, "lora.rank=8"], "train")
+    assert raised.value.command == "python -m lora_lightning.cli.train lora.r=8"
 
 
 def test_the_way_the_program_was_called_is_kept():
