@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ def meta_parameters() -> Iterator[None]:
         if param is not None and not param.is_meta:
             module._parameters[name] = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
 
-    nn.Module.register_parameter = without_memory  # type: ignore[method-assign]
+    nn.Module.register_parameter = without_memory  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
@@ -92,7 +93,8 @@ class Place:
         if isinstance(self.tensor, nn.Parameter):
             value = nn.Parameter(value, requires_grad=self.tensor.requires_grad)
         for module, local in self.owners:
-            (module._parameters if local in module._parameters else module._buffers)[local] = value  # type: ignore[index]
+            registry: dict[str, Any] = module._parameters if local in module._parameters else module._buffers
+            registry[local] = value
         self.tensor = value
 
 
