@@ -76,6 +76,8 @@ class Network(nn.Module):
 class Module(pl.LightningModule):
     """Next-token prediction on this rank's share of each batch."""
 
+    config = CONFIG
+
     def __init__(self, width: int, blocks: int, early: bool) -> None:
         super().__init__()
         torch.manual_seed(5)
@@ -125,7 +127,7 @@ class Sharded(Module):
             return
         self._sharded = True
         if self.early:
-            inject_lora(self, CONFIG)
+            inject_lora(self, self.config)
         data, tensor = self.device_mesh["data_parallel"], self.device_mesh["tensor_parallel"]
         blocks = self.net.blocks[:1] if self.partial_plan else self.net.blocks
         for block in blocks if tensor.size() > 1 else ():
@@ -149,6 +151,8 @@ class CpuFsdp(FSDPStrategy):
     """Lightning's FSDP asks for CUDA; for tests it runs on the CPU as well."""
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
+        if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+            return model  # as the original
         return FullyShardedDataParallel(
             model, sharding_strategy=self.sharding_strategy, device_id=torch.device("cpu"), **self.kwargs
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch.distributed as dist
 from lightning.pytorch.strategies import FSDPStrategy
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lora_lightning.errors import LoraConfigError
 from lora_lightning.injection import lora_parameters
+from lora_lightning.injection.names import unwrap
 from lora_lightning.strategies.replicated import average_gradients
 from lora_lightning.strategies.sharded import ShardedState
 
@@ -21,6 +22,20 @@ class FsdpState(ShardedState):
 
     In a flat parameter, what trains would bring memory for the gradient of the whole unit, the frozen base's too.
     """
+
+    _root: nn.Module | None = None
+
+    def attach(self, *args: Any) -> None:  # noqa: D102  # as the base class's
+        super().attach(*args)
+        if "_setup_model" not in vars(self.strategy):
+            self._wrap = cast("FSDPStrategy", self.strategy)._setup_model
+            vars(self.strategy)["_setup_model"] = self._setup_model
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        """Wrap a module once: Lightning would leave out the outermost wrapper when ``validate`` follows ``fit``."""
+        if self._root is None or unwrap(self._root) is not model:
+            self._root = self._wrap(model)
+        return self._root
 
     @property
     def distributed(self) -> bool:
