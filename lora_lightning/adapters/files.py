@@ -185,7 +185,7 @@ def _sealed(path: Path) -> bool | None:
         file.seek(rest)
         end = file.read()
         if not end[2:].startswith(_SEAL):
-            return None
+            return False if _SEAL in end else None
         file.seek(0)
         value = 0
         while rest and (chunk := file.read(min(rest, _CHUNK))):
