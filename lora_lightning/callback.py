@@ -34,7 +34,6 @@ from lora_lightning.injection.state import (
 )
 from lora_lightning.optim import keep_trainable
 from lora_lightning.optim.by_kind import join_groups
-from lora_lightning.optim.gradients import not_finite, without_gradient
 from lora_lightning.strategies import AdapterState, hooks, rng, state_for
 from lora_lightning.strategies.checks import check_trainer
 
@@ -243,14 +242,14 @@ class LoraCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Average gradients where the strategy does not; stop at, or skip, a step in which they are not finite."""
+        state = _state_of(trainer)
         if _callbacks(trainer)[0] is self:
-            _state_of(trainer).synchronise(optimizer)
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        named = {name: p for name, p in lora_parameters(self._target(pl_module)).items() if id(p) in held}
-        if self._first_step:
+            state.synchronise(optimizer)
+        named = state.stepped(optimizer, lora_parameters(self._target(pl_module)))
+        if self._first_step and named:
             self._first_step = False
-            self._look_at_first_step(pl_module, named)
-        if getattr(trainer.precision_plugin, "scaler", None) is not None or not (bad := not_finite(named)):
+            self._look_at_first_step(pl_module, named, state.without_gradient(named))
+        if getattr(trainer.precision_plugin, "scaler", None) is not None or not (bad := state.not_finite(named)):
             return  # a loss scaler skips such steps by itself
         loss = trainer.callback_metrics.get("train_loss", trainer.callback_metrics.get("train_loss_step"))
         told = "" if loss is None else f" (loss {float(loss):g})"
@@ -263,12 +262,12 @@ class LoraCallback(pl.Callback):
                 "on_nonfinite='skip' to pass over such steps"
             )
         rank_zero_warn(f"{where}; the step is skipped")
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
+        state.skip(optimizer)
 
-    def _look_at_first_step(self, pl_module: pl.LightningModule, named: dict[str, nn.Parameter]) -> None:
-        if unused := without_gradient(named):
+    def _look_at_first_step(
+        self, pl_module: pl.LightningModule, named: dict[str, nn.Parameter], unused: list[str]
+    ) -> None:
+        if unused:
             rank_zero_warn(
                 f"{len(unused)} of {len(named)} adapter tensors got no gradient in the first step, first {unused[0]}: "
                 "their layers took no part in the loss, or something between cuts gradients off (reentrant activation "

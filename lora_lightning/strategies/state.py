@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lora_lightning.adapters.checkpoint import CHECKPOINT_KEY, FORMAT, entries_of, read_checkpoint
@@ -20,6 +19,7 @@ from lora_lightning.config import LoraConfig
 from lora_lightning.errors import AdapterError
 from lora_lightning.injection.state import load_lora_state, lora_parameters, lora_state_dict
 from lora_lightning.injection.tensors import whole
+from lora_lightning.optim import gradients
 from lora_lightning.strategies import optimizer_state as by_name
 from lora_lightning.strategies import rng
 from lora_lightning.strategies.equal import assert_equal_across_ranks
@@ -69,7 +69,7 @@ class AdapterState:
 
     # ---- what a strategy may do otherwise
 
-    def injected(self, target: torch.nn.Module, *, by_callback: bool) -> None:
+    def injected(self, target: nn.Module, *, by_callback: bool) -> None:
         """Called once a model, or part of one, has its adapters, before the strategy wraps it.
 
         Args:
@@ -79,6 +79,25 @@ class AdapterState:
 
     def synchronise(self, optimizer: Optimizer) -> None:
         """Average the gradients of an optimizer's parameters over processes where the strategy does not do so."""
+
+    def stepped(self, optimizer: Optimizer, adapters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Those of the adapters' parameters that an optimizer is about to change."""
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return {name: p for name, p in adapters.items() if id(p) in held}
+
+    def not_finite(self, parameters: Mapping[str, nn.Parameter]) -> list[str]:
+        """Names of parameters whose gradient has a NaN or an infinity on any process."""
+        return gradients.not_finite(parameters)
+
+    def without_gradient(self, parameters: Mapping[str, nn.Parameter]) -> list[str]:
+        """Names of parameters that took no part in the loss."""
+        return gradients.without_gradient(parameters)
+
+    def skip(self, optimizer: Optimizer) -> None:
+        """Make the step that is about to be taken change nothing."""
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
 
     def part(self, tensor: Tensor) -> Tensor | None:
         """What a checkpoint gets of a tensor: the tensor itself, not a copy; None if another process gives it."""
