@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -117,6 +118,13 @@ def keep(path: Path) -> None:
     while (aside := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
         number += 1
     path.rename(aside)
+
+
+def kept(path: Path) -> list[Path]:
+    """What :func:`keep` has moved aside of a file, oldest first."""
+    names = re.compile(rf"{re.escape(path.stem)}-(\d+){re.escape(path.suffix)}")
+    numbered = [(int(found[1]), aside) for aside in path.parent.iterdir() if (found := names.fullmatch(aside.name))]
+    return [aside for _, aside in sorted(numbered)]
 
 
 def _products(folder: Path) -> list[str]:

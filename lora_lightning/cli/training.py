@@ -107,8 +107,10 @@ def _leave(cfg: DictConfig, folder: Path, recorder: RunRecorder, status: str, tr
         fields["adapter_path"] = str(lora.adapter_path)
         fields["best_adapter_path"] = None if lora.best_adapter_path is None else str(lora.best_adapter_path)
     result = recorder.write_result(folder / "result.json", **fields)
-    if (folder / "metrics.csv").is_file():
-        loss_picture(folder / "metrics.csv", folder / "loss.png", val_loss_before=recorder.fields["val_loss_before"])
+    metrics = folder / "metrics.csv"
+    if metrics.is_file():
+        before = recorder.fields["val_loss_before"]
+        loss_picture(metrics, folder / "loss.png", val_loss_before=before, earlier=run_folder.kept(metrics))
     content = recorder.fields | fields
     if trainer is not None and "adapter_path" in fields:
         kept = ("val_loss_before", "val_loss", "trainable_parameters", "total_parameters", "steps", "seed")

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 _TRAINED, _VALIDATED = "#4878b6", "#d1495b"
+_Points = list[tuple[int, float]]  # optimizer steps done, and the loss then
 
 
 def loss_picture(
-    metrics_csv: str | os.PathLike[str], png: str | os.PathLike[str], *, val_loss_before: float | None = None
+    metrics_csv: str | os.PathLike[str],
+    png: str | os.PathLike[str],
+    *,
+    val_loss_before: float | None = None,
+    earlier: Sequence[str | os.PathLike[str]] = (),
 ) -> Path | None:
     """Draw training and validation loss over the optimizer steps.
 
@@ -20,13 +27,14 @@ def loss_picture(
         metrics_csv: What Lightning's CSVLogger wrote: columns ``step``, ``train_loss``, ``val_loss``.
         png: Where to put the picture.
         val_loss_before: The validation loss before the first step, which the file does not hold.
+        earlier: Such files of the parts of this run before it was resumed, oldest first.
 
     Returns:
         The picture's path, or None where there was nothing to draw or drawing failed: a run does not fail for its
         picture.
     """
     try:
-        trained, validated = _series(Path(metrics_csv))
+        trained, validated = _run([*map(Path, earlier), Path(metrics_csv)])
         if val_loss_before is not None:
             validated.insert(0, (0, val_loss_before))
         return _draw(trained, validated, Path(png)) if trained or validated else None
@@ -35,11 +43,24 @@ def loss_picture(
         return None
 
 
-def _series(metrics_csv: Path) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+def _run(files: list[Path]) -> tuple[_Points, _Points]:
+    """Losses of all parts of a run; what an earlier part did beyond the step that a later one began with is dropped."""
+    trained: _Points = []
+    validated: _Points = []
+    begun = math.inf
+    for file in reversed(files):
+        series = _series(file)
+        before = [[point for point in points if point[0] < begun] for points in series]
+        trained, validated = before[0] + trained, before[1] + validated
+        begun = min([begun, *(step for points in series for step, _ in points)])
+    return trained, validated
+
+
+def _series(metrics_csv: Path) -> tuple[_Points, _Points]:
     with metrics_csv.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
 
-    def column(name: str) -> list[tuple[int, float]]:
+    def column(name: str) -> _Points:
         # Lightning numbers steps from 0: what stands at step n was measured after n + 1 of them.
         return [(int(row["step"]) + 1, float(row[name])) for row in rows if row.get(name)]
 
@@ -53,7 +74,7 @@ def _smoothed(values: list[float]) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def _draw(trained: list[tuple[int, float]], validated: list[tuple[int, float]], png: Path) -> Path:
+def _draw(trained: _Points, validated: _Points, png: Path) -> Path:
     # The object interface: pyplot would keep the figure and might look for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from lora_lightning.cli.run_folder import claim, is_first_process, keep
+from lora_lightning.cli.run_folder import claim, is_first_process, keep, kept
 from lora_lightning.errors import LoraConfigError
 
 
@@ -72,6 +72,16 @@ def test_keeping_finds_a_free_name_each_time(tmp_path):
         (tmp_path / "eval.json").write_text(str(number))
         keep(tmp_path / "eval.json")
     assert [(tmp_path / f"eval-{number}.json").read_text() for number in (1, 2, 3)] == ["0", "1", "2"]
+
+
+def test_what_was_kept_is_found_in_the_order_of_its_parts(tmp_path):
+    for number in range(12):
+        (tmp_path / "metrics.csv").write_text(str(number))
+        keep(tmp_path / "metrics.csv")
+    for other in ("metrics-x.csv", "my-metrics-1.csv", "metrics-1.csv.bak"):
+        (tmp_path / other).write_text("somebody's")
+    assert [path.read_text() for path in kept(tmp_path / "metrics.csv")] == [str(number) for number in range(12)]
+    assert kept(tmp_path / "eval.json") == []
 
 
 @pytest.mark.parametrize("variable", ["LOCAL_RANK", "RANK", "SLURM_PROCID", "NODE_RANK"])

@@ -94,7 +94,12 @@ def test_a_finished_run_is_not_overwritten(smoke, call):
     assert before == after
 
 
-def test_a_run_is_resumed_in_its_folder(call, tmp_path):
+def test_a_run_is_resumed_in_its_folder(call, tmp_path, monkeypatch):
+    from lora_lightning.reports import plots
+
+    drawn = []
+    draw = plots._draw
+    monkeypatch.setattr(plots, "_draw", lambda *what: drawn.append(what[:2]) or draw(*what))
     folder = tmp_path / "run"
     assert call(main, *FAST, f"hydra.run.dir={folder}").status == 0
     steps = [argument.replace("max_steps=4", "max_steps=6") for argument in FAST]
@@ -102,6 +107,10 @@ def test_a_run_is_resumed_in_its_folder(call, tmp_path):
     result, earlier = result_of(folder), json.loads((folder / "result-1.json").read_text())
     assert (earlier["steps"], result["steps"]) == (4, 6)
     assert result["val_loss_before"] == earlier["val_loss_before"]
+    (_, first), (_, validated) = drawn
+    assert validated[: len(first)] == first  # the picture is that of the whole run
+    assert [step for step, _ in validated] == [0, 2, 4, 6]
+    assert (folder / "loss.png").stat().st_mtime_ns > (folder / "loss-1.png").stat().st_mtime_ns
     assert (folder / "adapter").is_dir()
     assert result["adapter_path"] == str(folder / "adapter-2")
 
