@@ -89,7 +89,7 @@ def load_base(
     seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
     spread = float(getattr(getattr(root, "config", None), "initializer_range", 0.02))
     for place in news:
-        value = torch.zeros(place.tensor.shape)
+        value = torch.zeros(place.tensor.shape, device="cpu", dtype=torch.float32)
         if value.ndim > 1:
             value.normal_(0, spread, generator=generator_for(seed, place.names[0]))
         place.fill(value.__getitem__, there, dtype)
@@ -97,7 +97,8 @@ def load_base(
 
 
 def _read(path: Path, name: str, part: Part) -> Tensor:
-    with safe_open(path, framework="pt") as file:
+    # Lightning calls configure_model with another default device, to which a whole file would be copied.
+    with torch.device("cpu"), safe_open(path, framework="pt") as file:
         if not part:
             return file.get_tensor(name)
         if any(s.start == s.stop for s in part):  # more processes than rows

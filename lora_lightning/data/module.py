@@ -137,7 +137,7 @@ class DataModule(LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled batches, the same for the same seed, epoch and number of ranks."""
-        train, (rank, world) = self.loaded.train, rank_and_world()
+        train, (rank, world) = self.loaded.train, self._share()
         sampler = None
         if isinstance(train, RowStream):
             train.rank, train.world = rank, world
@@ -162,7 +162,7 @@ class DataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """The validation rows in order, each once over all ranks; no loader where there are none."""
-        rows, (rank, world) = self.loaded.validation, rank_and_world()
+        rows, (rank, world) = self.loaded.validation, self._share()
         if not len(rows):
             return []
         return DataLoader(
@@ -199,6 +199,12 @@ class DataModule(LightningDataModule):
         if self._loaded is None:
             raise RuntimeError(f"{type(self).__name__} has no rows yet: call setup('fit') first.")
         return self._loaded
+
+    def _share(self) -> tuple[int, int]:
+        """Which share of the rows this process gets, of how many: tensor-parallel processes get the same rows."""
+        rank, world = rank_and_world()
+        told = None if self.trainer is None or world == 1 else self.trainer.distributed_sampler_kwargs
+        return (told["rank"], told["num_replicas"]) if told else (rank, world)
 
     def _find_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None and self.trainer is not None:

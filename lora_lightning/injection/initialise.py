@@ -70,11 +70,13 @@ def _orthogonal(layer: LoraLayer, generator: Generator) -> tuple[Tensor, Tensor]
 
 
 def _normal(shape: tuple[int, ...], generator: Generator) -> Tensor:
-    return torch.randn(shape, generator=generator)
+    # Told, since contexts that models are built in (precision, zero.Init) change the defaults.
+    return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
 
 
 def _uniform(shape: tuple[int, ...], generator: Generator) -> Tensor:
-    return (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(shape[1])
+    drawn = torch.rand(shape, generator=generator, device="cpu", dtype=torch.float32)
+    return (drawn * 2 - 1) / math.sqrt(shape[1])
 
 
 INITIALISERS: dict[bool | str, Callable[[LoraLayer, Generator], tuple[Tensor, Tensor]]] = {

@@ -50,7 +50,7 @@ def refuse_reentrant(model: nn.Module) -> None:
         wrapped = isinstance(module, CheckpointWrapper) and module.checkpoint_impl is CheckpointImpl.REENTRANT
         if wrapped or (on and not asks_inputs and settings.get("use_reentrant", False)):
             raise LoraConfigError(
-                f"{canonical(name) or type(module).__name__} uses re-entrant activation checkpointing, which computes no gradient "
-                "for adapters where a block's input needs none (frozen embeddings): use "
+                f"{canonical(name) or type(module).__name__} uses re-entrant activation checkpointing, which computes "
+                "no gradient for adapters where a block's input needs none (frozen embeddings): use "
                 "gradient_checkpointing_enable({'use_reentrant': False}), or CheckpointImpl.NO_REENTRANT"
             )

@@ -10,12 +10,14 @@ from typing import Any, Literal, cast
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from transformers import PreTrainedModel
 
 from lora_lightning.errors import LoraConfigError
+from lora_lightning.strategies.parallelize import shard
 from lora_lightning.tasks.loss import LossSum
 from lora_lightning.tasks.throughput import Throughput
 
@@ -77,6 +79,17 @@ class Task(LightningModule):
         """More values to log, computed from those of a whole validation or test (``loss`` and the metrics)."""
         return {}
 
+    # Sharding
+
+    def configure_model(self) -> None:
+        """Spread the network over the processes where the trainer's strategy leaves that to it.
+
+        These are FSDP2 and tensor parallel (``ModelParallelStrategy``), which bring a device mesh; under all others,
+        and at later stages, nothing is done.
+        """
+        if self.device_mesh is not None and not any(isinstance(p, DTensor) for p in self.model.parameters()):
+            shard(self.model, self.device_mesh, precision=self.trainer.precision)
+
     # Training
 
     @property
@@ -115,9 +128,13 @@ class Task(LightningModule):
         count = count.clamp(min=1)  # a window in which every label is masked: its gradients are zero, and stay so
         parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        if gradients:
-            torch._foreach_mul_(gradients, _REFERENCE / count)
-        self._throughput.add(tokens)
+        # Of a spread gradient this process's part: an operation on several tensors takes no mixture of kinds.
+        parts = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients]
+        if parts:
+            torch._foreach_mul_(parts, _REFERENCE / count)
+        # Processes that hold parts of one layer have all seen the same rows, which are to be counted once.
+        shares = (self.trainer.distributed_sampler_kwargs or {}).get("num_replicas", self.trainer.world_size)
+        self._throughput.add(tokens * (shares / self.trainer.world_size))
         self.log("train_loss", total / count, prog_bar=True)
         if (rate := self._throughput.rate) is not None:
             self.log("tokens_per_second", rate, prog_bar=True)

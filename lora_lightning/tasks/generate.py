@@ -10,6 +10,7 @@ import torch
 from jinja2 import TemplateError
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -46,6 +47,8 @@ def generate_text(
             top_p=1.0,
             top_k=50,
             use_cache=True,
+            # A forward of a spread model is a meeting of all processes: each goes on until all have finished.
+            synced_gpus=any(isinstance(parameter, DTensor) for parameter in model.parameters()),
             eos_token_id=stop_token_ids(model, tokenizer),
             pad_token_id=tokenizer.pad_token_id,
         )
