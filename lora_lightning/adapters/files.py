@@ -207,7 +207,10 @@ def _put(temporary: Path, path: Path) -> None:
 
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        # Under a name that is no checkpoint's, since a folder may be left half removed.
+        doomed = path.with_name(f".{path.name}{_MARK}{os.getpid()}_{secrets.token_hex(4)}")
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 

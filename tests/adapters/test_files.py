@@ -200,38 +200,98 @@ def test_a_damaged_folder_is_recognised(tmp_path, damage):
 
 
 PROCESSES = """
-import os, sys
+import sys
 import torch.distributed as dist
 from lora_lightning.adapters.files import atomic_folder
-rank, path, fails = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-dist.init_process_group("gloo", init_method="file://" + sys.argv[4], rank=rank, world_size=2)
-try:
-    with atomic_folder(path) as folder:
-        if fails == str(rank):
-            open("/dev/full", "wb", buffering=0).write(b"x")
-        (folder / f"rank{rank}").write_text("mine")
-except Exception as error:
-    print(type(error).__name__, error)
+rank, place = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{place}/meeting", rank=rank, world_size=2)
+for fails in (None, 0, 1):
+    try:
+        with atomic_folder(f"{place}/{fails}.ckpt") as folder:
+            if fails == rank:
+                open("/dev/full", "wb", buffering=0).write(b"x")
+            (folder / f"rank{rank}").write_text("mine")
+    except Exception as error:
+        print(fails, type(error).__name__, error)
 """
 
 
-@pytest.mark.parametrize("fails", ["nobody", "0", "1"])
-def test_processes_write_one_folder_and_fail_together(tmp_path, fails):
-    path = tmp_path / "run.ckpt"
-    arguments = [str(path), fails, str(tmp_path / "meeting")]
+def test_processes_write_one_folder_and_fail_together(tmp_path):
     processes = [
-        subprocess.Popen([sys.executable, "-c", PROCESSES, str(rank), *arguments], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([sys.executable, "-c", PROCESSES, str(rank), tmp_path], stdout=subprocess.PIPE, text=True)
         for rank in (0, 1)
     ]
-    said = [process.communicate(timeout=60)[0] for process in processes]
-    if fails == "nobody":
-        assert said == ["", ""]
-        assert left_in(path) == [MANIFEST, "rank0", "rank1"]
-        assert damage_of(path) is None
+    for process in processes:
+        said = process.communicate(timeout=60)[0].splitlines()
+        assert [line[:14] for line in said] == ["0 AdapterError", "1 AdapterError"]
+        assert all("No space left on device" in line for line in said)
+    assert left_in(tmp_path / "None.ckpt") == [MANIFEST, "rank0", "rank1"]
+    assert damage_of(tmp_path / "None.ckpt") is None
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["None.ckpt"]
+    assert not list(tmp_path.glob(".*"))
+
+
+# ---- killed at each of the moments when the system is asked for something
+
+CRASHES = """
+import json, os, shutil, signal, sys
+from pathlib import Path
+import torch
+from lora_lightning.adapters.files import atomic_folder, atomic_save, remove_leftovers
+from lora_lightning.adapters.newest import newest_whole
+
+
+def write(kind, step):
+    values = {"global_step": step, "state_dict": {"w": torch.full((5000,), float(step))}, "optimizer_states": []}
+    if kind == "file":
+        atomic_save(values, path)
     else:
-        assert all(each.startswith("AdapterError") and "No space left on device" in each for each in said)
-        assert not path.exists()
-        assert not any(path.name.startswith(".run") for path in tmp_path.iterdir())
+        with atomic_folder(path) as folder:
+            torch.save(values, folder / "meta.pt")
+            (folder / "more").write_text(str(step))
+
+
+def crash(event, details):
+    global left
+    if event == "open" or event.startswith(("os.", "shutil.")):
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+path = Path(sys.argv[1]) / "run.ckpt"
+for kind in ("file", "folder"):
+    found, status, left = [], None, 0
+    while status != 0:
+        shutil.rmtree(path.parent, ignore_errors=True)
+        write(kind, 1)
+        left = len(found) + 1
+        process = os.fork()
+        if not process:
+            sys.addaudithook(crash)
+            write(kind, 2)
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        newest = newest_whole(path.parent)
+        content = torch.load(newest / "meta.pt" if newest.is_dir() else newest)
+        found.append(content["global_step"])
+        assert content["state_dict"]["w"].eq(found[-1]).all()
+        write(kind, 3)  # whatever the killed process has left
+        assert torch.load(path / "meta.pt" if path.is_dir() else path)["global_step"] == 3
+    print(json.dumps(found))
+"""
+
+
+def test_there_is_a_whole_checkpoint_at_every_moment_of_a_save(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", CRASHES, tmp_path / "run"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        found = json.loads(line)
+        assert len(found) > 6
+        assert found == sorted(found)  # the old one up to a moment, from then on the new one
+        assert {found[0], found[-1]} == {1, 2}
 
 
 # ---- the newest

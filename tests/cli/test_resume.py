@@ -94,6 +94,23 @@ def test_a_killed_job_finds_its_folder_when_it_is_requeued(call, command, signal
     assert same(tmp_path / "whole", folder)
 
 
+@pytest.mark.slow
+def test_two_processes_stop_together_and_go_on(command, signal_at, tmp_path):
+    """Lightning starts the second one, and would kill the first if it took the stop for a crash."""
+    settings = (*FAST, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
+    home = {"PYTHONPATH": f"{TRAIN.parents[1]}{os.pathsep}{tmp_path}"}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert command(TRAIN, *settings, f"hydra.run.dir={whole}", **home).returncode == 0
+    done = command(TRAIN, *settings, *signal_at(2, 15), f"hydra.run.dir={cut}", **home)
+    assert done.returncode == 143, done.stderr
+    assert done.stderr.count("Stopped by SIGTERM after step 3") == 1
+    assert result_of(cut)["status"] == "interrupted"
+    done = command(TRAIN, *settings, "resume=auto", f"hydra.run.dir={cut}", **home)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("going on with") == 1
+    assert same(whole, cut)
+
+
 def test_a_damaged_checkpoint_is_passed_over(smoke, tmp_path):
     folder, _ = smoke
     (tmp_path / "checkpoints").mkdir()
