@@ -161,11 +161,12 @@ class CpuFsdp(FSDPStrategy):
 STRATEGIES = ("single", "ddp", "ddp_fork", "fsdp", "fsdp2", "tp", "tp_partial", "fsdp2_tp")
 
 
-def strategy_of(name: str, *, sharded: bool) -> tuple[Any, int]:
+def strategy_of(name: str, *, sharded: bool, cpu: bool = True) -> tuple[Any, int]:
     """A strategy, or Lightning's name of one, and its number of processes."""
     if name == "fsdp":
         policy = ModuleWrapPolicy({Block})
-        return CpuFsdp(auto_wrap_policy=policy, state_dict_type="sharded" if sharded else "full"), 2
+        kind = CpuFsdp if cpu else FSDPStrategy
+        return kind(auto_wrap_policy=policy, state_dict_type="sharded" if sharded else "full"), 2
     sizes = {"fsdp2": (2, 1), "tp": (1, 2), "tp_partial": (1, 2), "fsdp2_tp": (2, 2)}.get(name)
     if sizes:
         data, tensor = sizes
@@ -180,6 +181,7 @@ def main() -> None:
     parser.add_argument("--early", action="store_true", help="inject in configure_model, before sharding")
     parser.add_argument("--sharded", action="store_true", help="checkpoints in distributed form")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--stop", type=int, default=6, help="the last step")
     parser.add_argument("--save", type=int, default=3, help="save every so many steps")
     parser.add_argument("--ckpt", default=None)
@@ -198,13 +200,13 @@ def main() -> None:
     module = kind(args.width, args.blocks, args.early)
     if args.strategy == "ddp_fork" or (args.early and not sharding):
         inject_lora(module, CONFIG)
-    strategy, devices = strategy_of(args.strategy, sharded=args.sharded)
+    strategy, devices = strategy_of(args.strategy, sharded=args.sharded, cpu=args.accelerator == "cpu")
     generator = torch.Generator().manual_seed(11)
     rows = TensorDataset(torch.randint(VOCABULARY, (ROWS, LENGTH), generator=generator))
     saver = ModelCheckpoint(args.out, filename="{step}", save_top_k=-1, every_n_train_steps=args.save)
     trainer = pl.Trainer(
         max_steps=args.stop,
-        accelerator="cpu",
+        accelerator=args.accelerator,
         devices=devices,
         strategy=strategy,
         gradient_clip_val=args.clip,

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lora_lightning.errors import LoraConfigError
 from lora_lightning.injection import lora_parameters
 from lora_lightning.injection.names import unwrap
+from lora_lightning.strategies.quantised import check_quantised
 from lora_lightning.strategies.replicated import average_gradients
 from lora_lightning.strategies.sharded import ShardedState
 
@@ -49,6 +50,7 @@ class FsdpState(ShardedState):
             LoraConfigError: If the user has wrapped the model with the adapters in it.
         """
         super().injected(target, by_callback=by_callback)
+        check_quantised("FSDPStrategy", target)
         strategy = cast("FSDPStrategy", self.strategy)
         adapters = lora_parameters(target)
         flat = {

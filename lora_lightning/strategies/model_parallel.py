@@ -15,6 +15,7 @@ from lora_lightning.injection.tensors import spread_like
 from lora_lightning.layers import LoraLayer
 from lora_lightning.layers.linear import LoraOverLinear
 from lora_lightning.optim.by_kind import step_by_kind
+from lora_lightning.strategies.quantised import check_quantised
 from lora_lightning.strategies.replicated import average_gradients, settle
 from lora_lightning.strategies.sharded import ShardedState
 
@@ -38,6 +39,7 @@ class ModelParallelState(ShardedState):
     def injected(self, target: nn.Module, *, by_callback: bool) -> None:
         """Lay adapters out over the tensor-parallel mesh where their layer is."""
         super().injected(target, by_callback=by_callback)
+        check_quantised("ModelParallelStrategy", target)
         for _, layer in lora_layers(target):
             _follow(layer)
 

@@ -1,0 +1,68 @@
+"""Optimizer states by name, against the optimizer that goes on without interruption."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lora_lightning import AdapterError
+from lora_lightning.strategies.optimizer_state import load_named_states, named_state
+
+
+def _model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
+def _step(model, optimizer, x):
+    optimizer.zero_grad()
+    model(x).square().mean().backward()
+    optimizer.step()
+
+
+def _groups(model, *orders):
+    named = dict(model.named_parameters())
+    return [{"params": [named[name] for name in order], "lr": 0.1 / (i + 1)} for i, order in enumerate(orders)]
+
+
+A, B, C, D = "0.weight", "0.bias", "2.weight", "2.bias"
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.RMSprop, torch.optim.SGD, torch.optim.Adagrad])
+@pytest.mark.parametrize("order", [([A, B], [C, D]), ([B, A], [D, C])])
+def test_going_on_in_another_order_is_going_on(kind, order):
+    x = torch.randn(5, 3)
+    options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    whole = _model()
+    optimizer = kind(_groups(whole, [A, B], [C, D]), **options)
+    _step(whole, optimizer, x)
+    values, state = copy.deepcopy(whole.state_dict()), copy.deepcopy(named_state(optimizer, whole))
+    _step(whole, optimizer, x)
+
+    other = _model()
+    other.load_state_dict(values)
+    resumed = kind(_groups(other, *order), **options)
+    load_named_states([resumed], [state], other)
+    _step(other, resumed, x)
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), other.parameters(), strict=True))
+
+
+def test_learning_rates_of_groups_come_back():
+    model = _model()
+    optimizer = torch.optim.SGD(_groups(model, [A, B], [C, D]))
+    optimizer.param_groups[1]["lr"] = 0.007
+    fresh = torch.optim.SGD(_groups(model, [A, B], [C, D]))
+    load_named_states([fresh], [named_state(optimizer, model)], model)
+    assert [group["lr"] for group in fresh.param_groups] == [0.1, 0.007]
+
+
+def test_what_does_not_fit_is_told_by_name():
+    model = _model()
+    state = named_state(torch.optim.SGD(_groups(model, [A, B], [C, D])), model)
+    with pytest.raises(AdapterError, match=r"holds other parameters than this run's: 2\.bias"):
+        load_named_states([torch.optim.SGD(_groups(model, [A, B], [C]))], [state], model)
+    with pytest.raises(AdapterError, match="2 parameter groups, this run's has 1"):
+        load_named_states([torch.optim.SGD(_groups(model, [A, B, C, D]))], [state], model)
+    with pytest.raises(AdapterError, match="states of 1 optimizers, this run has 2"):
+        load_named_states([torch.optim.SGD(model.parameters())] * 2, [state], model)
