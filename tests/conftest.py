@@ -107,3 +107,47 @@ def processes(tmp_path):
         return out
 
     return run
+
+
+@pytest.fixture
+def wandb_offline(tmp_path, monkeypatch):
+    """A folder for the real W&B, which keeps everything there and on this machine; its run is ended after the test."""
+    place = tmp_path / "wandb_home"
+    place.mkdir()
+    for name in ("DIR", "CACHE_DIR", "DATA_DIR", "CONFIG_DIR"):
+        monkeypatch.setenv(f"WANDB_{name}", str(place))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    yield place
+    if (wandb := sys.modules.get("wandb")) is not None:
+        wandb.finish()
+
+
+@pytest.fixture
+def wandb_records():
+    """Reads what an ended offline run would send: wandb_records(folder, kind) gives the records of that kind.
+
+    Its file is in LevelDB's log format after a header of 7 bytes: blocks of 32 KiB, in them fragments of a checksum
+    (4 bytes), a length (2) and a kind (1, or 2, 3 … 4 where a record is spread), and in those protocol buffers.
+    """
+
+    def read(folder: Path, kind: str) -> list:
+        from wandb.proto.wandb_internal_pb2 import Record
+
+        (path,) = folder.rglob("*.wandb")
+        raw, at, fragments, found = path.read_bytes(), 7, b"", []
+        while at + 7 <= len(raw):
+            if (left := 32768 - at % 32768) < 7:
+                at += left
+                continue
+            size, position = int.from_bytes(raw[at + 4 : at + 6], "little"), raw[at + 6]
+            fragments += raw[at + 7 : at + 7 + size]
+            at += 7 + size
+            if position in (1, 4):
+                record = Record.FromString(fragments)
+                fragments = b""
+                if record.WhichOneof("record_type") == kind:
+                    found.append(getattr(record, kind))
+        return found
+
+    return read

@@ -75,13 +75,25 @@ def test_the_screen_shows_what_counts(smoke):
     assert "💡" not in screen
 
 
-def test_the_adapter_went_to_wandb(smoke):
+def test_the_adapter_went_to_wandb(smoke, wandb_records):
     folder, _ = smoke
-    runs = list(folder.parent.rglob("*.wandb"))
-    assert len(runs) == 1
-    content = runs[0].read_bytes()
-    for part in (b"lora-adapter", b"val_loss", b"lora/trainable_parameters", b"use_rslora"):
-        assert part in content, part
+    artifacts = {artifact.type: artifact for artifact in wandb_records(folder.parent, "artifact")}
+    adapter = artifacts["lora-adapter"]
+    assert {entry.path for entry in adapter.manifest.contents} == {path.name for path in (folder / "adapter").iterdir()}
+    result = result_of(folder)
+    told = json.loads(adapter.metadata)
+    assert {key: result[key] for key in told} == told
+    assert {"val_loss_before", "val_loss", "steps", "seed"} <= told.keys()
+    config = {
+        update.key: json.loads(update.value_json)
+        for each in wandb_records(folder.parent, "config")
+        for update in each.update
+    }
+    assert config["lora"]["use_rslora"] is True
+    assert config["lora/r"] == 64
+    assert config["lora/trainable_parameters"] == result["trainable_parameters"]
+    (*_, ended) = wandb_records(folder.parent, "exit")
+    assert ended.exit_code == 0
 
 
 def test_a_finished_run_is_not_overwritten(smoke, call):

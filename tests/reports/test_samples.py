@@ -162,17 +162,16 @@ def test_tensorboard(module, data, make_trainer, tmp_path):
     assert b"[red] wins" in after.tensor_proto.string_val[0]
 
 
-def test_wandb(module, data, make_trainer, monkeypatch, tmp_path):
-    logger = WandbLogger(offline=True, save_dir=tmp_path)
-    logged = []
-    monkeypatch.setattr(WandbLogger, "experiment", object())
-    monkeypatch.setattr(WandbLogger, "log_metrics", lambda *_, **__: None)
-    monkeypatch.setattr(WandbLogger, "log_hyperparams", lambda *_, **__: None)
-    monkeypatch.setattr(WandbLogger, "log_graph", lambda *_, **__: None)
-    monkeypatch.setattr(WandbLogger, "log_table", lambda self, key, columns, data: logged.append((key, columns, data)))
-    monkeypatch.setattr(WandbLogger, "finalize", lambda *_, **__: None)
+def test_wandb(module, data, make_trainer, tmp_path, wandb_offline):
+    logger = WandbLogger(save_dir=tmp_path)
     make_trainer(SampleWriter(every_validation=False), logger=logger).fit(module, datamodule=data)
-    (_, columns, rows), (_, _, last) = logged
-    assert columns == ["step", "prompt", "written", "reference"]
-    assert [row[0] for row in rows + last] == [0, 0, 8, 8]
-    assert rows[0][3] == "[red] wins"
+    assert logger.experiment.summary["samples"]["_type"] == "table-file"
+    logger.experiment.finish()
+    tables = [json.loads(path.read_text()) for path in tmp_path.rglob("*.table.json")]
+    assert len(tables) == 2
+    assert {tuple(table["columns"]) for table in tables} == {("step", "prompt", "written", "reference")}
+    before, after = sorted((table["data"] for table in tables), key=lambda rows: rows[0][0])
+    assert [row[0] for row in before + after] == [0, 0, 8, 8]
+    assert [row[1] for row in after] == ["minister [bold]\nsecond line", "team"]
+    assert [row[2] for row in after] == module.generate_text([item.prompt for item in data.prompts])
+    assert [row[3] for row in before] == ["[red] wins", None]
