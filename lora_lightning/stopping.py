@@ -116,17 +116,21 @@ class SaveOnSignal(pl.Callback):
         self._noted, self._loud = 0, trainer.is_global_zero
         for number in _SIGNALS:
             handler = signal.getsignal(number)
-            if handler in (None, signal.SIG_IGN):
+            if handler is None:  # not set from Python
                 continue
-            self._before[number] = self._owners[number] = handler
+            owner: Any = handler
             if number == signal.SIGTERM and isinstance(handler, _HandlersCompose):
                 # Lightning's own talks to the other processes from within the signal, when they may be at something
                 # else, and makes the run end without saving. What it is for is done here; whoever was before it counts.
-                self._owners[number] = trainer._signal_connector._original_handlers.get(number) or signal.SIG_DFL
-            signal.signal(number, signal.SIG_IGN if self._owners[number] == signal.SIG_IGN else self._note)
+                owner = trainer._signal_connector._original_handlers.get(number) or signal.SIG_DFL
+            if owner == signal.SIG_IGN:
+                signal.signal(number, signal.SIG_IGN)  # until Lightning puts back what there was, which is the same
+                continue
+            self._before[number], self._owners[number] = handler, owner
+            signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT == self._noted:
+        if number == signal.SIGINT and self._noted:
             before = self._before[number]
             self._leave()
             (before if callable(before) else signal.default_int_handler)(number, frame)
@@ -139,7 +143,7 @@ class SaveOnSignal(pl.Callback):
     def _leave(self) -> None:
         """Put the handlers back, as far as nobody else has set one since."""
         for number, handler in self._before.items():
-            if signal.getsignal(number) in (self._note, signal.SIG_IGN):
+            if signal.getsignal(number) == self._note:
                 signal.signal(number, handler)
         self._before, self._noted = {}, 0
         if self._group is not None:
@@ -182,7 +186,7 @@ class SaveOnSignal(pl.Callback):
         callback = trainer.checkpoint_callback
         folder = getattr(callback, "dirpath", None) or os.path.join(trainer.default_root_dir, "checkpoints")
         path = trainer.strategy.broadcast(os.path.join(folder, "stopped.ckpt"))
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
         trainer.strategy.checkpoint_io.teardown()  # an asynchronous one has finished after this
         return path
 

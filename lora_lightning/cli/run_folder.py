@@ -23,7 +23,7 @@ def is_first_process() -> bool:
 def checkpoint_in(folder: Path, ckpt_path: str | None, resume: str | None = None) -> Path | None:
     """The checkpoint to go on with: a file, or the newest whole one of the run in ``folder``.
 
-    A job that SLURM has requeued goes on by itself.
+    A job that SLURM has requeued goes on by itself, whatever it was started from.
 
     Args:
         folder: The run's folder.
@@ -40,28 +40,26 @@ def checkpoint_in(folder: Path, ckpt_path: str | None, resume: str | None = None
         )
     if resume and ckpt_path:
         raise LoraConfigError(f"resume=auto looks for a checkpoint, and ckpt_path={ckpt_path} names one: leave one out")
-    if ckpt_path is None and resume is None and not is_requeued():
+    requeued = is_requeued()
+    if ckpt_path is None and resume is None and not requeued:
         return None
     from lora_lightning.adapters.checkpoint import read_checkpoint  # torch, without which a command is checked
 
-    if ckpt_path not in (None, "last"):
-        path = Path(ckpt_path)
-    else:
-        found = _newest(folder)
-        if found is None and ckpt_path == "last":
-            raise LoraConfigError(
-                f"ckpt_path=last: no whole checkpoint in {folder / 'checkpoints'}. Name the run to resume with "
-                "hydra.run.dir=<its folder>, or a checkpoint file with ckpt_path"
-            )
+    path = None
+    if requeued or resume or ckpt_path == "last":
+        path = _newest(folder)
+        why = f"resume={resume}" if resume else "Requeued by SLURM" if requeued else "ckpt_path=last"
         if is_first_process():
-            why = "resume=auto" if resume else (ckpt_path and "ckpt_path=last") or "Requeued by SLURM"
-            print(
-                f"{why}: " + (f"going on with {found}" if found else f"no whole checkpoint in {folder}, starting anew")
-            )
-        if found is None:
-            return None
-        path = found
-    read_checkpoint(path)
+            print(f"{why}: {f'going on with {path}' if path else f'no whole checkpoint in {folder} yet'}")
+    if path is None and ckpt_path == "last":
+        raise LoraConfigError(
+            f"ckpt_path=last: no whole checkpoint in {folder / 'checkpoints'}. Name the run to resume with "
+            "hydra.run.dir=<its folder>, or a checkpoint file with ckpt_path"
+        )
+    if path is None and ckpt_path is not None:
+        path = Path(ckpt_path)  # where the job began
+    if path is not None:
+        read_checkpoint(path)
     return path
 
 

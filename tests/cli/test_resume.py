@@ -137,9 +137,18 @@ def test_what_lightning_saves_for_slurm_is_found(smoke, tmp_path):
     assert checkpoint_in(tmp_path, None, "auto") == tmp_path / "hpc_ckpt_1.ckpt"
 
 
+def test_a_requeued_job_leaves_what_it_was_started_from_behind(smoke, monkeypatch, tmp_path):
+    first = smoke[0] / "checkpoints" / "last.ckpt"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert checkpoint_in(tmp_path, str(first)) == first
+    (tmp_path / "checkpoints").mkdir()
+    own = shutil.copy(first, tmp_path / "checkpoints" / "last.ckpt")
+    assert checkpoint_in(tmp_path, str(first)) == own
+
+
 def test_without_a_checkpoint_auto_starts_anew_and_says_so(capsys, tmp_path):
     assert checkpoint_in(tmp_path, None, "auto") is None
-    assert "starting anew" in capsys.readouterr().out
+    assert f"no whole checkpoint in {tmp_path} yet" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,7 @@ def train(settings):
     )
     trainer.fit(module, loader, DataLoader(data, batch_size=20), ckpt_path=settings.get("ckpt"))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not settings.get("ignored") or signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
     torch.save(lora_state_dict(module), f"{out}/rank{trainer.global_rank}.pt")
 
 
