@@ -132,8 +132,10 @@ def wandb_records():
     """
 
     def read(folder: Path, kind: str) -> list:
+        import wandb
         from wandb.proto.wandb_internal_pb2 import Record
 
+        wandb.teardown()  # the process that writes the file may still be writing when a run has ended
         (path,) = folder.rglob("*.wandb")
         raw, at, fragments, found = path.read_bytes(), 7, b"", []
         while at + 7 <= len(raw):
