@@ -192,20 +192,26 @@ def _damage(path: Path, chance: random.Random) -> None:
     path.write_bytes(content)
 
 
+def write_folder(path: Path, number: int) -> None:
+    """Write or replace a folder; its files say the same number."""
+    with atomic_folder(path) as folder:
+        for name in ("a", "b"):
+            (folder / name).write_text(str(number) * 1000)
+
+
 def write_folders(path: Path) -> None:
-    """Replace a folder without end; its files say the same number."""
+    """Replace a folder without end."""
     number = 0
     while True:
         number += 1
-        with atomic_folder(path) as folder:
-            for name in ("a", "b"):
-                (folder / name).write_text(str(number) * 1000)
+        write_folder(path, number)
 
 
 def disturb_folders(kills: int, place: Path, chance: random.Random) -> dict[str, int]:
     """Kill a process that writes a folder so many times."""
     count = Counter(kills=kills, whole=0, within_the_exchange=0)
     path = place / "folders" / "one.ckpt"
+    write_folder(path, 0)
     for _ in range(kills):
         life = Life(lambda: write_folders(path), place / "folders.log")
         for _ in range(chance.randint(2, 8)):
