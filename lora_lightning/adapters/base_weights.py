@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from lora_lightning.errors import AdapterError, did_you_mean
 from lora_lightning.injection.initialise import generator_for
+from lora_lightning.injection.inject import default_seed
 from lora_lightning.injection.materialise import Part, Place, low_rank_ids, places, start_adapters
 from lora_lightning.injection.names import find_root, unwrap
 from lora_lightning.injection.state import differences
@@ -86,7 +87,7 @@ def load_base(
         if id(place) in sources:
             name = sources[id(place)]
             place.fill(lambda part, name=name: _read(stored[name][0], name, part), there, dtype)  # type: ignore[misc]
-    seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+    seed = default_seed() if seed is None else seed
     spread = float(getattr(getattr(root, "config", None), "initializer_range", 0.02))
     for place in news:
         value = torch.zeros(place.tensor.shape, device="cpu", dtype=torch.float32)

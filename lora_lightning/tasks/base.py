@@ -17,8 +17,11 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from transformers import PreTrainedModel
 
 from lora_lightning.errors import LoraConfigError
+from lora_lightning.injection.inject import default_seed
 from lora_lightning.strategies.parallelize import shard
 from lora_lightning.tasks.loss import LossSum
+from lora_lightning.tasks.model import fill_model
+from lora_lightning.tasks.model_config import ModelConfig
 from lora_lightning.tasks.throughput import Throughput
 
 Stage = Literal["val", "test"]
@@ -48,6 +51,8 @@ class Task(LightningModule):
 
     lora_task_type: str
     model: PreTrainedModel
+    base: ModelConfig | None = None
+    """Which model it is, and how it is loaded."""
 
     def __init__(
         self,
@@ -82,13 +87,16 @@ class Task(LightningModule):
     # Sharding
 
     def configure_model(self) -> None:
-        """Spread the network over the processes where the trainer's strategy leaves that to it.
+        """Spread the network over the processes where the strategy leaves that to it, and read weights not read yet.
 
-        These are FSDP2 and tensor parallel (``ModelParallelStrategy``), which bring a device mesh; under all others,
-        and at later stages, nothing is done.
+        Such are FSDP2 and tensor parallel (``ModelParallelStrategy``), which bring a device mesh. Weights are read here
+        where the model's config says ``in_parts``. Otherwise, and at later stages, nothing is done.
         """
         if self.device_mesh is not None and not any(isinstance(p, DTensor) for p in self.model.parameters()):
             shard(self.model, self.device_mesh, precision=self.trainer.precision)
+        if self.base is not None and any(p.is_meta for p in self.model.parameters()):
+            seed = default_seed()
+            fill_model(self.model, self.base, self.trainer.strategy.broadcast(seed) if self._trainer else seed)
 
     # Training
 

@@ -63,6 +63,7 @@ class CausalLM(Task):
             }
         )
         self.max_new_tokens = max_new_tokens
+        self.base = config
         self.tokenizer = load_tokenizer(config)
         self.model = load_model(config, "causal_lm")
 

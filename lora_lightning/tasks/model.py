@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import snapshot_download
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from lora_lightning.adapters import load_base
+from lora_lightning.config import TASK_HEADS
 from lora_lightning.errors import LoraConfigError
+from lora_lightning.injection import meta_parameters
 from lora_lightning.tasks.demo import is_demo, prepare_demo
 from lora_lightning.tasks.dtype import likely_device, pick_dtype
 from lora_lightning.tasks.hub_errors import check_local_folder, explained
@@ -54,7 +60,7 @@ def load_model(config: ModelConfig, kind: ModelKind, **settings: Any) -> PreTrai
 
     Returns:
         The model in train mode: in eval mode, in which transformers hands models out, gradient checkpointing is
-        silently off, and Lightning keeps the mode it finds.
+        silently off, and Lightning keeps the mode it finds. With ``in_parts`` it has no weights yet; see `fill_model`.
 
     Raises:
         LoraConfigError: The model cannot be had, or does not know a switch that was set.
@@ -65,7 +71,10 @@ def load_model(config: ModelConfig, kind: ModelKind, **settings: Any) -> PreTrai
         choices: dict[str, Any] = {"dtype": _dtype(config, own_config)}
         if config.attn_implementation is not None:
             choices["attn_implementation"] = config.attn_implementation
-        model = _AUTO_CLASSES[kind].from_pretrained(**source, config=own_config, **choices)
+        if config.in_parts:
+            model = _without_memory(kind, own_config, choices, source)
+        else:
+            model = _AUTO_CLASSES[kind].from_pretrained(**source, config=own_config, **choices)
         if config.gradient_checkpointing:
             # Re-entrant checkpointing gives adapters behind frozen embeddings no gradient.
             new_name, old_name = "activation_checkpointing_enable", "gradient_checkpointing_enable"
@@ -77,6 +86,40 @@ def load_model(config: ModelConfig, kind: ModelKind, **settings: Any) -> PreTrai
         # In place: torch.compile(model) would put _orig_mod. before every name. Batches differ in length: dynamic.
         model.compile(dynamic=True)
     return model.train()
+
+
+def fill_model(model: PreTrainedModel, config: ModelConfig, seed: int | None = None) -> None:
+    """Read the weights of a model that was made with ``in_parts``, each process its part of them.
+
+    A classifier's head that the files do not have is drawn from the seed.
+
+    Raises:
+        AdapterError: The files do not fit the model.
+        LoraConfigError: They cannot be had.
+    """
+    source = _source(config)
+    place = source["pretrained_model_name_or_path"]
+    with explained(config):
+        if not Path(place).is_dir():
+            wanted = ["*.safetensors", "*.safetensors.index.json"]
+            place = snapshot_download(place, revision=config.revision, allow_patterns=wanted)
+    load_base(model, place, fresh=TASK_HEADS["SEQ_CLS"], unused=("lm_head",), seed=seed)
+
+
+def _without_memory(
+    kind: ModelKind, own_config: PretrainedConfig, choices: dict[str, Any], source: dict[str, Any]
+) -> PreTrainedModel:
+    if getattr(own_config, "quantization_config", None) is not None:
+        raise LoraConfigError(
+            "in_parts: true reads plain weights only, and this model's are quantised: set it to false"
+        )
+    with meta_parameters():
+        model = _AUTO_CLASSES[kind].from_config(own_config, trust_remote_code=source["trust_remote_code"], **choices)
+    if model.can_generate():
+        with contextlib.suppress(OSError):  # a model need not have one
+            place = source["pretrained_model_name_or_path"]
+            model.generation_config = GenerationConfig.from_pretrained(place, revision=source.get("revision", "main"))
+    return model
 
 
 def _source(config: ModelConfig) -> dict[str, Any]:

@@ -25,6 +25,8 @@ class ModelConfig:
             transformers choose.
         gradient_checkpointing: Trade time for memory: recompute activations in the backward pass.
         compile: Compile the model, in place, so that no name changes.
+        in_parts: Read the weights when the trainer's strategy is known, each process the part that it keeps, so that
+            a model need not fit into one process's memory; from safetensors only.
         trust_remote_code: Allow code from the model's repository to run on this machine.
         chat_template: Another chat template: Jinja text, or the path of a file that holds it.
 
@@ -41,6 +43,7 @@ class ModelConfig:
     attn_implementation: str | None = None
     gradient_checkpointing: bool = False
     compile: bool = False
+    in_parts: bool = False
     trust_remote_code: bool = False
     chat_template: str | None = None
 
@@ -84,7 +87,7 @@ class ModelConfig:
             value = getattr(self, key)
             if value is not None and not isinstance(value, str):
                 problems.append(f"{key} must be text or null, got {value!r}")
-        for key in ("gradient_checkpointing", "compile", "trust_remote_code"):
+        for key in ("gradient_checkpointing", "compile", "in_parts", "trust_remote_code"):
             if not isinstance(getattr(self, key), bool):
                 problems.append(f"{key} must be true or false, got {getattr(self, key)!r}")
         return problems

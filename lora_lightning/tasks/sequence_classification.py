@@ -74,6 +74,7 @@ class SequenceClassification(Task):
                 "weight_decay": weight_decay,
             }
         )
+        self.base = config
         self.tokenizer = load_tokenizer(config)
         self.model = load_model(
             config,
