@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
 
 from lora_lightning.adapters.checkpoint import entries_of, read_checkpoint
 from lora_lightning.adapters.folder import warn_of_other_base
@@ -58,19 +59,23 @@ def load_from_checkpoint(module_class: type[Module], ckpt_path: str | os.PathLik
 
 def _inject(module: pl.LightningModule, entry: dict[str, Any], source: str) -> None:
     config = LoraConfig.from_dict(entry["lora_config"])
-    target = module if entry["module"] is None else module.get_submodule(entry["module"])
     try:
-        check_config(target, config)
-    except LoraConfigError:
+        check_config(_target(module, entry), config)
+    except (LoraConfigError, AttributeError) as error:
         if not is_overridden("setup", module):
-            raise
+            raise AdapterError(f"{source} does not fit this {type(module).__name__}: {error}") from error
         module.setup("predict")  # the network is built there
+    target = _target(module, entry)
     for folder in entry["record"].get("bases", ()):
         fold_in(target, folder)
     inject_lora(target, config, seed=entry["seed"])
     root = the_root(target)[1]
     record_of(root).bases = tuple(entry["record"].get("bases", ()))
     warn_of_other_base(entry["record"], root, source)
+
+
+def _target(module: pl.LightningModule, entry: dict[str, Any]) -> nn.Module:
+    return module if entry["module"] is None else module.get_submodule(entry["module"])
 
 
 def _accepted(module_class: type, values: dict[str, Any]) -> dict[str, Any]:

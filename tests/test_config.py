@@ -32,6 +32,7 @@ def test_defaults_are_pefts_but_for_the_targets():
         ({"init_lora_weights": "orthogonal", "r": 3}, "even"),
         ({"target_modules": []}, "empty list"),
         ({"target_modules": ""}, "empty string"),
+        ({"target_modules": None}, "target_modules must be a list of module names or a regular expression, got None"),
         ({"target_modules": "q_proj("}, "not a regular expression"),
         ({"target_modules": [1]}, "list of module names"),
         ({"rank_pattern": {"q_proj": 0}}, "at least 1"),

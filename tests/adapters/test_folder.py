@@ -181,6 +181,14 @@ DAMAGE = {
     ),
     "empty": (lambda f: (f / "adapter_model.safetensors").write_bytes(b""), "damaged or was cut off"),
     "not JSON": (lambda f: (f / "adapter_config.json").write_text("{"), "is not JSON"),
+    "no object": (
+        lambda f: (f / "adapter_config.json").write_text('["r", 8]'),
+        r"is not a JSON object, it begins with \"\['r', 8\]\"",
+    ),
+    "no targets": (
+        lambda f: _edit_config(f, target_modules=None),
+        r"does not say which layers are adapted: target_modules is missing or null",
+    ),
     "another kind": (lambda f: _edit_config(f, peft_type="IA3"), "type IA3"),
     "in force": (lambda f: _edit_config(f, use_dora=True, lora_bias=True), r"lora_bias: True\n  - use_dora: True"),
     "wrong value": (lambda f: _edit_config(f, r=0), "r must be at least 1"),

@@ -201,6 +201,19 @@ def test_running_statistics_of_frozen_normalisation_belong_to_the_state():
     }
 
 
+def test_unloading_puts_running_statistics_back():
+    model = nn.ModuleDict({"net": nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))})
+    model["net"](torch.randn(8, 4))
+    before = _snapshot(model)
+    inject_lora(model["net"], LoraConfig(r=2))
+    model["net"](torch.randn(8, 4) + 3)
+    assert not torch.equal(model["net"][1].running_mean, before["net.1.running_mean"])
+    unload_lora(model)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
 def test_base_parameters_that_happen_to_be_called_lora_stay_base():
     class Odd(nn.Linear):
         def __init__(self):

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from lora_lightning.layers import LoraEmbedding, LoraLayer, LoraLinear, adapt, is_linear, kind_of, restore, why_not
 
@@ -141,6 +142,15 @@ def test_hazards_are_named_with_the_remedy():
     assert "remove_parametrizations" in why_not(parametrized)
     assert "remove_weight_norm" in why_not(normed)
     assert "replaced on the instance" in why_not(replaced)
+    spectral = nn.utils.spectral_norm(nn.Linear(2, 2))
+    pruned = prune.l1_unstructured(nn.Linear(2, 2), "weight", amount=1)
+    for layer, remedy in (
+        (spectral, lambda: nn.utils.remove_spectral_norm(spectral)),
+        (pruned, lambda: prune.remove(pruned, "weight")),
+    ):
+        assert "remove_spectral_norm(layer) or torch.nn.utils.prune.remove(layer, 'weight')" in why_not(layer)
+        remedy()
+        assert why_not(layer) is None
     assert why_not(nn.Linear(2, 2)) is None
 
 
