@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lora_lightning.adapters.distributed import is_distributed, read_distributed
 from lora_lightning.adapters.files import damage_of
 from lora_lightning.adapters.folder import AdapterFacts, describe, write_folder
+from lora_lightning.adapters.zero import is_zero, read_whole
 from lora_lightning.errors import AdapterError, did_you_mean
 from lora_lightning.injection.state import record_of, the_root
 
@@ -54,7 +55,7 @@ def facts_of(entry: Mapping[str, Any]) -> AdapterFacts:
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Load a checkpoint of ours, a file or a folder in distributed form, onto the CPU with ``weights_only=True``.
+    """Load a checkpoint of ours, a file or a folder of any strategy, onto the CPU with ``weights_only=True``.
 
     Returns:
         What Lightning calls a checkpoint, every tensor whole.
@@ -63,20 +64,26 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         AdapterError: If it is missing, damaged, or no adapter checkpoint.
     """
     path = Path(path)
-    if not (path.is_file() or is_distributed(path)):
+    if not (path.is_file() or is_distributed(path) or is_zero(path)):
         raise AdapterError(f"no checkpoint at {path}")
     if reason := damage_of(path):  # torch compares no checksums
         raise AdapterError(f"the checkpoint {path} is damaged: {reason}. Take the one before it")
     try:
-        checkpoint = (
-            read_distributed(path) if path.is_dir() else torch.load(path, map_location="cpu", weights_only=True)
-        )
+        checkpoint = _read(path)
     except Exception as error:  # torch raises many kinds for a file that is cut off, damaged or holds code
         raise AdapterError(f"{path} cannot be read with weights_only=True: {error}") from error
     entries_of(checkpoint, str(path))
     if (form := checkpoint[CHECKPOINT_KEY].get("format")) != FORMAT:
         raise AdapterError(f"{path} has checkpoint format {form}, this version reads format {FORMAT}")
     return checkpoint
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if is_distributed(path):
+        return read_distributed(path)
+    if is_zero(path):
+        return read_whole(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def entries_of(checkpoint: Mapping[str, Any], source: str) -> dict[str, dict[str, Any]]:
