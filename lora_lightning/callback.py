@@ -36,6 +36,7 @@ from lora_lightning.optim import keep_trainable
 from lora_lightning.optim.by_kind import join_groups
 from lora_lightning.strategies import AdapterState, hooks, rng, state_for
 from lora_lightning.strategies.checks import check_trainer
+from lora_lightning.strategies.position import attach_position
 
 _STATE = "_lora_state"
 
@@ -123,6 +124,7 @@ class LoraCallback(pl.Callback):
         trainer.callbacks.remove(self)  # type: ignore[attr-defined]
         trainer.callbacks.insert(0, self)  # type: ignore[attr-defined]
         _state_of(trainer).attach(functools.partial(_entries, trainer, pl_module))
+        attach_position(trainer)
         self._first_step = True
         if is_overridden("setup", pl_module) or is_overridden("configure_model", pl_module):
             # The network, or part of it, may be built there; what wraps configure_model runs after both.
@@ -234,7 +236,8 @@ class LoraCallback(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Within an epoch, an uninterrupted run would not have made an iterator here: undo what that has drawn."""
         state = _state_of(trainer)
-        if state.rng is not None and trainer.fit_loop.restarted_mid_epoch:
+        within = trainer.fit_loop.restarted_mid_epoch and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if state.rng is not None and within:
             rng.restore(state.rng)
         state.rng = None
 
