@@ -170,6 +170,28 @@ def test_the_wrap_policy_wraps_each_block(llama):
         WrapBlocks(["LammaDecoderLayer"])._run_policy(llama, set(), {})
 
 
+FSDP_SCRIPT = (
+    NETWORK
+    + """
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from lora_lightning.strategies.blocks import WrapBlocks
+
+torch.manual_seed(1)
+whole = Network()
+tokens = torch.arange(18).view(2, 9)
+expected = whole(tokens)
+model = FSDP(whole, auto_wrap_policy=WrapBlocks(), device_id=torch.device("cpu"))
+assert [isinstance(block, FSDP) for block in model.blocks] == [True] * 3
+assert sum(isinstance(module, FSDP) for module in model.modules()) == 4
+assert (model(tokens) - expected).abs().max() < 1e-6
+"""
+)
+
+
+def test_fsdp_takes_the_wrap_policy(processes):
+    processes(FSDP_SCRIPT)
+
+
 def test_plan_of_a_transformers_model_and_by_names(llama):
     plan = tensor_parallel_plan(nn.ModuleDict({"net": llama}))
     assert len(plan) == 2 * 7 + 2
