@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import lora_lightning
 from lora_lightning.adapters.fingerprint import fingerprint
 from lora_lightning.adapters.peft_config import from_peft_config, to_peft_config
-from lora_lightning.adapters.peft_names import PREFIX, peft_names
+from lora_lightning.adapters.peft_names import PREFIX, peft_names, prefix_hint
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import AdapterError, LoraConfigError
 from lora_lightning.injection import LoraReport, freeze_base, inject_lora, report_of, unload_lora
@@ -46,6 +46,7 @@ RECORD_FILE = "lora_lightning.json"
 OUTSIDE_FILE = "modules_outside.safetensors"
 _BASE_COPY = ".base_layer.weight"  # PEFT saves the base weight of an adapted embedding or head; the base has its own
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # PEFT does not save them
+_UNSAVED = (_BASE_COPY, *_STATISTICS)  # what one file has and another need not have
 
 
 @dataclass
@@ -159,7 +160,9 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trainable:
         prefix, root = the_root(model)
         names = {key: _join(prefix, name) for name, key in peft_names(root).items()}
         given = {names.get(key, key): value for key, value in weights.items() if not key.endswith(_BASE_COPY)}
-        _check_fit(root, config, given, {name for name in adapter_tensors(model) if _below(name, prefix)}, folder)
+        hint = prefix_hint(*([key for key in keys if not key.endswith(_UNSAVED)] for keys in (weights, names)))
+        own = {name for name in adapter_tensors(model) if _below(name, prefix)}
+        _check_fit(root, config, given, own, folder, hint)
         load_lora_state(model, lora_state_dict(model) | given | _read_outside(folder, model), str(folder))
     except AdapterError:
         if fresh:
@@ -256,11 +259,14 @@ def _with_outside(config: LoraConfig, folder: Path, model: nn.Module) -> LoraCon
     return replace(config, modules_to_save=[*(config.modules_to_save or []), *found]) if found else config
 
 
-def _check_fit(root: nn.Module, config: LoraConfig, given: Mapping[str, Tensor], own: set[str], folder: Path) -> None:
+def _check_fit(
+    root: nn.Module, config: LoraConfig, given: Mapping[str, Tensor], own: set[str], folder: Path, hint: str
+) -> None:
     """Refuse a file that leaves part of the adapter out, or that means another scale than the layers have."""
     problems = []
     if missing := sorted(name for name in own - given.keys() if not name.endswith(_STATISTICS)):
         problems.append(f"missing: {', '.join(missing[:4])}" + (f" and {len(missing) - 4} more" if missing[4:] else ""))
+        problems += [hint] if hint else []
     for name, layer in lora_layers(root):
         r = int(pattern_value(config.rank_pattern, name, config.r))
         scaling = config.scaling(r, pattern_value(config.alpha_pattern, name, config.lora_alpha))

@@ -6,6 +6,8 @@ Ours are relative to the root (``layers.0.q_proj.lora_A``); PEFT's carry a prefi
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from lora_lightning.injection.state import lora_layers, lora_state_dict
@@ -28,6 +30,36 @@ def _peft_name(name: str, adapted: dict[str, str]) -> str:
             return f"{layer}.lora_embedding_{local[-1]}"
         return f"{layer}.{local}.weight"
     return f"{layer}.base_layer.{local}"
+
+
+def prefix_hint(theirs: Iterable[str], ours: Iterable[str]) -> str:
+    """What to do where a file's keys are the model's but for a beginning that one side has more; else nothing.
+
+    >>> prefix_hint(["base_model.model.net.0.lora_A.weight"], ["base_model.model.0.lora_A.weight"])
+    "its keys have 'net.' before the names in this model: it was saved from a model that holds this one as 'net'. Load \
+it into that one"
+    """
+    keys, names = ({name.removeprefix(PREFIX) for name in side} for side in (theirs, ours))
+    if (more := _beginning(keys, names)) is not None:
+        return (
+            f"its keys have {more!r} before the names in this model: it was saved from a model that holds this one as "
+            f"{more[:-1]!r}. Load it into that one"
+        )
+    if (more := _beginning(names, keys)) is not None:
+        return (
+            f"this model's names have {more!r} before those in the file: it was saved from what is {more[:-1]!r} here. "
+            f"Load it into that: load_adapter(model.{more[:-1]}, …), or LoraCallback(…, module={more[:-1]!r})"
+        )
+    return ""
+
+
+def _beginning(longer: set[str], shorter: set[str]) -> str | None:
+    """What all of ``longer`` begin with before a name of ``shorter``."""
+    if not shorter:
+        return None
+    first = min(shorter)
+    beginnings = [name.removesuffix(first) for name in longer if name.endswith(f".{first}")]
+    return next((more for more in beginnings if {more + name for name in shorter} == longer), None)
 
 
 def adapted_names(root: nn.Module) -> list[str]:

@@ -263,6 +263,30 @@ def test_keys_without_pefts_prefix_are_read_with_a_warning(saved, tokens):
     assert torch.equal(base(tokens).logits, model(tokens).logits)
 
 
+def test_a_folder_saved_from_around_or_inside_the_model_is_told_as_such(saved, tmp_path):
+    base, _, folder = saved
+    with pytest.raises(AdapterError, match=r"'model\.' before .*saved from a model that holds this one as 'model'"):
+        load_adapter(base.model, folder)
+    assert not injected_roots(base.model)
+    inside = save_adapter(_readapted(base.model), tmp_path / "inside")
+    unload_lora(base.model)
+    with pytest.raises(AdapterError, match=r"this model's names have 'model\.' before .*load_adapter\(model\.model, "):
+        load_adapter(base, inside)
+
+
+def _readapted(model):
+    inject_lora(model, LoraConfig(r=4, lora_alpha=8))
+    return model
+
+
+def test_names_that_differ_by_more_than_a_beginning_get_no_such_hint(saved):
+    base, _, folder = saved
+    _edit_weights(folder, lambda tensors: [tensors.update({f"{key}x": tensors.pop(key)}) for key in list(tensors)])
+    with pytest.raises(AdapterError, match="missing: ") as caught:
+        load_adapter(base, folder)
+    assert "before" not in str(caught.value)
+
+
 def test_what_trains_around_the_transformers_model_has_a_file_of_its_own(llama, shake, tmp_path):
     around = nn.ModuleDict({"model": llama, "value_head": nn.Linear(32, 1)})
     fresh = copy.deepcopy(around)
