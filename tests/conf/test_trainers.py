@@ -7,11 +7,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from hydra.utils import instantiate
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 
 import lora_lightning
+from lora_lightning import LoraConfigError
 from lora_lightning.strategies.blocks import WrapBlocks
+from lora_lightning.strategies.mesh import MeshStrategy
 
 TRAINERS = Path(lora_lightning.__file__).parent / "conf" / "trainer"
 CPU = ("trainer.accelerator=cpu", "trainer.devices=2", "paths.output_dir=.")
@@ -34,8 +37,28 @@ def test_trainers_are_built(composed, name, kind):
     assert trainer.strategy._timeout == datetime.timedelta(minutes=30)
     assert trainer.num_nodes == (2 if name == "multi_node" else 1)
     if kind is ModelParallelStrategy:
-        assert trainer.strategy._tensor_parallel_size == (1 if name == "fsdp2" else 2)
+        assert trainer.strategy._tensor_parallel_size == {"fsdp2": 1, "tp": "auto", "fsdp2_tp": 2}[name]
         assert trainer.strategy._data_parallel_size == "auto"
+
+
+@pytest.mark.parametrize(
+    ("size", "nodes", "expected"), [(1, 2, (8, 1)), (2, 2, (4, 2)), ("auto", 2, (2, 4)), ("auto", 1, (1, 4))]
+)
+def test_the_mesh_follows_from_the_devices(monkeypatch, size, nodes, expected):
+    """Up to where Lightning starts the process group."""
+    monkeypatch.setattr(ModelParallelStrategy, "setup_environment", lambda self: None)
+    strategy = MeshStrategy(tensor_parallel_size=size)
+    strategy.num_nodes, strategy.parallel_devices = nodes, [torch.device("cpu")] * 4
+    strategy.setup_environment()
+    assert (strategy._data_parallel_size, strategy._tensor_parallel_size) == expected
+
+
+@pytest.mark.parametrize("size", [3, 0])
+def test_devices_that_cannot_be_divided(size):
+    strategy = MeshStrategy(tensor_parallel_size=size)
+    strategy.parallel_devices = [torch.device("cpu")] * 4
+    with pytest.raises(LoraConfigError, match=rf"tensor_parallel_size={size} does not divide the 4 processes"):
+        strategy.setup_environment()
 
 
 def test_the_strategy_of_fsdp_is_built(composed):
