@@ -72,7 +72,8 @@ def test_a_disk_that_fills_up_ends_the_run_and_leaves_the_checkpoint_before(fit,
         fit(FullAt(3, 1000), plugins=AsyncCheckpointIO() if plugins else None)
     (left,) = (tmp_path / "ckpt").iterdir()
     assert damage_of(left) is None
-    assert torch.load(left, weights_only=True)["global_step"] == 3
+    # One that is still being written by the other thread when room runs out is lost too, but not the one before it.
+    assert torch.load(left, weights_only=True)["global_step"] in ((2, 3) if plugins else (3,))
 
 
 def test_an_asynchronous_save_is_there_before_the_one_it_replaces_is_removed(fit, tmp_path):
