@@ -18,7 +18,7 @@ from lora_lightning.adapters.files import atomic_folder
 from lora_lightning.adapters.zero import TAG, write_whole
 from lora_lightning.errors import AdapterError, LoraConfigError
 from lora_lightning.injection.names import canonical
-from lora_lightning.injection.state import lora_state_dict
+from lora_lightning.injection.state import copy_originals, lora_state_dict, trained_in_full
 from lora_lightning.strategies import zero_optimizer
 from lora_lightning.strategies.state import AdapterState
 
@@ -43,7 +43,7 @@ class DeepSpeedState(AdapterState):
         vars(plugin)["backward"] = functools.partial(type(plugin).backward, plugin, scale_wrt_gas=False)
 
     def injected(self, target: nn.Module, *, by_callback: bool) -> None:
-        """See that DeepSpeed is set up in a way that is supported.
+        """See that DeepSpeed is set up in a way that is supported, and what the base's own values were.
 
         Raises:
             LoraConfigError: If ZeRO is off, or the config has an optimizer of its own.
@@ -59,6 +59,8 @@ class DeepSpeedState(AdapterState):
                 "the DeepSpeed config has an 'optimizer', which would be made outside configure_optimizers: take it "
                 "out and return the optimizer from configure_optimizers"
             )
+
+        self._copy_originals(target)
 
     # ---- gradients
 
@@ -174,6 +176,18 @@ class DeepSpeedState(AdapterState):
     def _parameters(self) -> dict[str, nn.Parameter]:
         """What trains, by canonical name."""
         return {canonical(name): p for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def _copy_originals(self, target: nn.Module) -> None:
+        """Copy what trains in full once more where a model was built partitioned: injection has found it empty."""
+        empty = [
+            (module, list(originals))
+            for _, module, originals in trained_in_full(target)
+            if any(not v.numel() and hasattr(getattr(module, local), "ds_id") for local, v in originals.items())
+        ]
+        parameters = {f"{i}.{n}": p for i, (m, _) in enumerate(empty) for n, p in m.named_parameters(recurse=False)}
+        with self._gathered(parameters):
+            for module, names in empty:
+                copy_originals(module, names)
 
     @contextlib.contextmanager
     def _gathered(self, named: Mapping[str, nn.Parameter], modifier_rank: int | None = None) -> Iterator[None]:

@@ -99,6 +99,7 @@ def main():
     parser.add_argument("--bad-batch", type=int, default=-1)
     parser.add_argument("--nonfinite", default="stop")
     parser.add_argument("--ckpt")
+    parser.add_argument("--in-full", action="store_true")
     parser.add_argument("--validate", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -107,7 +108,8 @@ def main():
     pl.seed_everything(3 + int(os.environ.get("LOCAL_RANK", 0)), verbose=False)  # ranks need not agree
     module = Module(bool(os.environ.get("LATE")), args.devices, args.groups, args.bad_batch)
     strategy = OnTheCpu(stage=args.stage) if args.stage else "ddp" if args.devices > 1 else "auto"
-    lora = LoraCallback(LoraConfig(r=2, lora_alpha=4), on_nonfinite=args.nonfinite)
+    config = LoraConfig(r=2, lora_alpha=4, modules_to_save=["net.5"] if args.in_full else None)
+    lora = LoraCallback(config, on_nonfinite=args.nonfinite)
     watch = Watch()
     trainer = pl.Trainer(
         max_epochs=args.epochs,
@@ -135,6 +137,8 @@ def main():
     except Exception as error:
         notes["error"] = f"{type(error).__name__}: {error}"
         traceback.print_exc()
+    if args.in_full:
+        notes["originals"] = [float(v.sum()) for v in vars(module.net[5])["_lora_originals"].values()]
     notes["partitioned"] = getattr(module, "partitioned", None)
     torch.save(watch.notes, f"{args.out}/start{trainer.global_rank}.pt")
     Path(f"{args.out}/notes{trainer.global_rank}.json").write_text(json.dumps(notes))

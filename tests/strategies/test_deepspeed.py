@@ -99,6 +99,14 @@ def test_a_network_built_partitioned(run):
     assert _difference(out, run("--devices", 1)[0]) < 1e-6
 
 
+def test_what_trains_in_full_in_a_network_built_partitioned(run):
+    alone, told, _ = run("--devices", 1, "--in-full")
+    out, notes, _ = run("--stage", 3, "--in-full", late=True)
+    assert "error" not in notes
+    assert notes["originals"] == pytest.approx(told["originals"])
+    assert _difference(out, alone) < 1e-6
+
+
 @pytest.mark.parametrize("stage", [1, 3])
 def test_validation_reads_a_checkpoint(run, stage):
     out, told, _ = run("--stage", stage)
