@@ -21,6 +21,20 @@ def _reproducible(monkeypatch):
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def demo_folder(tmp_path_factory):
+    """Where the demo models of a session lie."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def demo_cache(demo_folder):
+    """Demo models are made in a folder of this session, not in the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(demo_folder))
+        yield demo_folder
+
+
 @pytest.fixture
 def tokens():
     """Token numbers ``(2, 9)`` below 64."""

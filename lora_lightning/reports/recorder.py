@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-_FIELDS = (
+FIELDS = (
     "status",
     "val_loss_before",
     "val_loss",
@@ -29,6 +29,7 @@ _FIELDS = (
     "adapter_path",
     "overrides",
 )
+"""What every ``result.json`` says; a task's own metrics come with these."""
 
 
 class RunRecorder(Callback):
@@ -43,7 +44,7 @@ class RunRecorder(Callback):
     """
 
     def __init__(self) -> None:
-        self.fields: dict[str, Any] = dict.fromkeys(_FIELDS)
+        self.fields: dict[str, Any] = dict.fromkeys(FIELDS)
         self.fields["status"] = "not started"
         self._before: dict[str, float] = {}
         self._started = 0.0
@@ -100,9 +101,7 @@ class RunRecorder(Callback):
             **fields: More to write, and better values for what was measured.
 
         Returns:
-            The path. The file holds at least ``status``, ``val_loss_before``, ``val_loss``, ``perplexity``,
-            ``trainable_parameters``, ``total_parameters``, ``steps``, ``seconds``, ``tokens_per_second``,
-            ``peak_memory_bytes``, ``adapter_path`` and ``overrides``; null is what is not known.
+            The path. The file holds at least `FIELDS`; null is what is not known.
         """
         return write_json(path, self.fields | fields)
 

@@ -74,6 +74,21 @@ def make_network():
 
 
 @pytest.fixture
+def two_networks(module_class, make_network):
+    """A module of two networks, ``net`` and ``other``, both of which are trained."""
+
+    class Two(module_class):
+        def __init__(self):
+            super().__init__()
+            self.other = make_network()
+
+        def loss(self, batch):
+            return super().loss(batch) + (self.other(batch[0]) - batch[1]).square().mean()
+
+    return Two()
+
+
+@pytest.fixture
 def make_trainer(tmp_path):
     def make(*callbacks, **options):
         settings = {

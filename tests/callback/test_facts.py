@@ -14,19 +14,11 @@ def logger(tmp_path):
     return lambda name: CSVLogger(tmp_path, name="", version=name)
 
 
-def test_two_adapters_are_told_apart(logger, module_class, make_network, make_trainer):
-    class Two(module_class):
-        def __init__(self):
-            super().__init__()
-            self.other = make_network()
-
-        def loss(self, batch):
-            return super().loss(batch) + (self.other(batch[0]) - batch[1]).square().mean()
-
+def test_two_adapters_are_told_apart(logger, two_networks, make_trainer):
     told = logger("run")
     first = LoraCallback(LoraConfig(r=2), module="net")
     second = LoraCallback(LoraConfig(r=1, lora_alpha=3), module="other", name="style")
-    make_trainer(first, second, logger=told, fast_dev_run=False, limit_train_batches=1).fit(Two())
+    make_trainer(first, second, logger=told, fast_dev_run=False, limit_train_batches=1).fit(two_networks)
     facts = told.experiment.hparams
     assert (facts["lora/r"], facts["lora/style/r"]) == (2, 1)
     assert facts["lora/style/scaling"] == 3

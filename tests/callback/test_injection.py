@@ -118,16 +118,8 @@ def test_with_a_module_nothing_outside_it_is_touched(module, make_trainer):
     assert type(module.head) is nn.Linear
 
 
-def test_two_callbacks_on_two_modules(module_class, make_network, make_trainer, tmp_path):
-    class Two(module_class):
-        def __init__(self):
-            super().__init__()
-            self.other = make_network()
-
-        def loss(self, batch):
-            return super().loss(batch) + (self.other(batch[0]) - batch[1]).square().mean()
-
-    module = Two()
+def test_two_callbacks_on_two_modules(two_networks, make_trainer, tmp_path):
+    module = two_networks
     first = LoraCallback(CONFIG, module="net", name="one")
     second = LoraCallback(LoraConfig(r=1), module="other", name="two")
     trainer = make_trainer(first, second)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from lora_lightning.cli.run_folder import claim, is_first_process, keep, kept
+from lora_lightning.cli.run_folder import checkpoint_in, claim, is_first_process, keep, kept
 from lora_lightning.errors import LoraConfigError
 
 
@@ -24,22 +24,36 @@ def finished(folder):
     return folder
 
 
+def everything_in(folder):
+    """What lies in a folder, to the byte."""
+    return {str(path.relative_to(folder)): path.is_dir() or path.read_bytes() for path in folder.rglob("*")}
+
+
 def test_a_new_folder_is_taken(tmp_path):
     claim(tmp_path / "new", resuming=False)
     claim(tmp_path, resuming=False)
+    assert everything_in(tmp_path) == {}  # made by whoever writes to it
 
 
-def test_what_hydra_has_written_counts_for_nothing(tmp_path):
+@pytest.mark.parametrize("resuming", [False, True])
+def test_what_hydra_has_written_counts_for_nothing(tmp_path, resuming):
     (tmp_path / ".hydra").mkdir()
     (tmp_path / ".hydra" / "config.yaml").write_text("")
     (tmp_path / "train.log").write_text("")
-    claim(tmp_path, resuming=False)
+    before = everything_in(tmp_path)
+    claim(tmp_path, resuming=resuming)
+    assert everything_in(tmp_path) == before
 
 
 def test_a_run_that_failed_before_it_left_anything_may_be_repeated(tmp_path):
     (tmp_path / "result.json").write_text(json.dumps({"status": "failed"}))
     (tmp_path / "checkpoints").mkdir()
+    before = everything_in(tmp_path)
     claim(tmp_path, resuming=False)
+    assert everything_in(tmp_path) == before
+    (tmp_path / "checkpoints" / "last.ckpt").write_text("something")
+    with pytest.raises(LoraConfigError, match=r"checkpoints, result\.json, which would be overwritten"):
+        claim(tmp_path, resuming=False)
 
 
 @pytest.mark.parametrize("product", ["adapter", "checkpoints"])
@@ -86,9 +100,21 @@ def test_what_was_kept_is_found_in_the_order_of_its_parts(tmp_path):
 
 @pytest.mark.parametrize("variable", ["LOCAL_RANK", "RANK", "SLURM_PROCID", "NODE_RANK"])
 def test_other_processes_do_not_ask(tmp_path, monkeypatch, variable):
-    finished(tmp_path)
+    before = everything_in(finished(tmp_path))
+    with pytest.raises(LoraConfigError):
+        claim(tmp_path, resuming=False)
     monkeypatch.setenv(variable, "1")
     assert not is_first_process()
-    claim(tmp_path, resuming=False)
-    claim(tmp_path, resuming=True)
-    assert (tmp_path / "result.json").exists()
+    for resuming in (False, True):
+        claim(tmp_path, resuming=resuming)
+        assert everything_in(tmp_path) == before
+    monkeypatch.setenv(variable, "0")
+    assert is_first_process()
+
+
+def test_the_last_checkpoint_of_a_folder_without_any_is_told_where_to_look(tmp_path):
+    with pytest.raises(
+        LoraConfigError, match=rf"no whole checkpoint in {tmp_path / 'checkpoints'}\. .*hydra\.run\.dir="
+    ):
+        checkpoint_in(tmp_path, "last")
+    assert checkpoint_in(tmp_path, None) is None

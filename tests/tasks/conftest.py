@@ -10,17 +10,9 @@ from lora_lightning.tasks import CausalLM
 ROWS, LENGTH, VOCABULARY = 8, 12, 384
 
 
-@pytest.fixture(scope="session")
-def cache_folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture(autouse=True, scope="module")
-def own_cache(cache_folder):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(cache_folder))
-        torch.set_num_threads(1)
-        yield
+def _own_cache(demo_cache):
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
