@@ -5,8 +5,9 @@ Names are imported when they are first used, so that ``import lora_lightning`` c
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lora_lightning.lazy import lazy_names
 
 __version__ = "0.1.0"
 
@@ -66,14 +67,4 @@ if TYPE_CHECKING:
     )
     from lora_lightning.stopping import SaveOnSignal
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)
