@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ from lora_lightning.injection.state import (
 from lora_lightning.optim import keep_trainable
 from lora_lightning.optim.by_kind import join_groups
 from lora_lightning.strategies import AdapterState, hooks, rng, state_for
+from lora_lightning.strategies.averaging import attach_averaging, begin_averaging
 from lora_lightning.strategies.checks import check_trainer
 from lora_lightning.strategies.position import attach_position
 
@@ -125,11 +127,15 @@ class LoraCallback(pl.Callback):
         trainer.callbacks.insert(0, self)  # type: ignore[attr-defined]
         _state_of(trainer).attach(functools.partial(_entries, trainer, pl_module))
         attach_position(trainer)
+        attach_averaging(trainer)
         self._first_step = True
-        if is_overridden("setup", pl_module) or is_overridden("configure_model", pl_module):
-            # The network, or part of it, may be built there; what wraps configure_model runs after both.
+        # The network, or part of it, may be built in the module's own setup, and then in configure_model.
+        builds = is_overridden("configure_model", pl_module)
+        if builds:
             hooks.wrap(pl_module, "configure_model", _configure_model, self)
-        else:
+        if is_overridden("setup", pl_module):
+            hooks.wrap(pl_module, "setup", _setup, self, not builds)
+        elif not builds:
             self._inject(trainer, pl_module)
         if stage == "fit":
             hooks.wrap(pl_module, "configure_optimizers", _configure_optimizers, self)
@@ -147,6 +153,8 @@ class LoraCallback(pl.Callback):
         if self.adapter is not None and record_of(the_root(target)[1]).source != str(Path(self.adapter).resolve()):
             load_adapter(target, self.adapter, trainable=True)
         _state_of(trainer).injected(target, by_callback=fresh)
+        if trainer.state.fn == TrainerFn.FITTING:
+            begin_averaging(trainer, pl_module)
         if fresh or self.report is None:
             # Made now, while the base is whole; nothing in it moves while training.
             self._entry = checkpoint_entry(pl_module, self.module)
@@ -337,27 +345,11 @@ class NonFiniteError(AdapterError):
 
 
 def _check_callbacks(trainer: pl.Trainer) -> None:
-    _check_averaging(trainer)
     names = [callback.name for callback in _callbacks(trainer)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise LoraConfigError(
             f"two LoraCallbacks have the name {twice[0]!r}: give each a name= and a module= of its own"
         )
-
-
-def _check_averaging(trainer: pl.Trainer) -> None:
-    """Callbacks that average weights copy the module: they need the adapters in it, and must save no base."""
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    first = next(i for i, callback in enumerate(callbacks) if isinstance(callback, LoraCallback))
-    for i, callback in enumerate(callbacks):
-        kinds = {kind.__name__ for kind in type(callback).__mro__}
-        if "WeightAveraging" in kinds:
-            raise LoraConfigError(f"{type(callback).__name__} would save the whole base model: take it out")
-        if "StochasticWeightAveraging" in kinds and i < first:
-            raise LoraConfigError(
-                f"{type(callback).__name__} copies the module before there are adapters in it: give LoraCallback "
-                "before it in callbacks=[…]"
-            )
 
 
 def _callbacks(trainer: pl.Trainer) -> list[LoraCallback]:
@@ -408,6 +400,13 @@ def _save_tokenizer(trainer: pl.Trainer, pl_module: pl.LightningModule, folder: 
 
 
 # ---- around hooks of the module
+
+
+def _setup(callback: LoraCallback, inject: bool, pl_module: pl.LightningModule, call: Callable[[], None]) -> None:
+    call()
+    hooks.unwrap(pl_module, "setup")
+    if inject:
+        callback._inject(pl_module.trainer, pl_module)
 
 
 def _configure_model(callback: LoraCallback, pl_module: pl.LightningModule, call: Callable[[], None]) -> None:

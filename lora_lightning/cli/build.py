@@ -10,6 +10,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from lora_lightning.cli.quiet import quieten
@@ -91,8 +92,16 @@ def make_loggers(cfg: DictConfig) -> list[Logger]:
 
 
 def make_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logger]) -> Trainer:
-    """The Trainer, with callbacks and loggers."""
-    return make(cfg.trainer, callbacks=callbacks, logger=loggers or False)
+    """The Trainer, with callbacks and loggers.
+
+    Raises:
+        LoraConfigError: A package or a device that it needs is not there, or settings do not go together.
+    """
+    try:
+        return make(cfg.trainer, callbacks=callbacks, logger=loggers or False)
+    except MisconfigurationException as error:
+        hint = " (pip install lora-lightning[deepspeed])" if "deepspeed" in str(error).lower() else ""
+        raise LoraConfigError(f"trainer: {error}{hint}") from error
 
 
 def resolved(cfg: DictConfig) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import warnings
 
 from lightning.pytorch.strategies import (
     DDPStrategy,
+    DeepSpeedStrategy,
     FSDPStrategy,
     ModelParallelStrategy,
     SingleDeviceStrategy,
@@ -14,6 +15,7 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
 from lora_lightning.strategies.ddp import DdpState
+from lora_lightning.strategies.deepspeed import DeepSpeedState
 from lora_lightning.strategies.forked import ForkedState
 from lora_lightning.strategies.fsdp import FsdpState
 from lora_lightning.strategies.model_parallel import ModelParallelState
@@ -22,6 +24,7 @@ from lora_lightning.strategies.state import AdapterState
 __all__ = ["AdapterState", "state_for"]
 
 _STATES: dict[type[Strategy], type[AdapterState]] = {
+    DeepSpeedStrategy: DeepSpeedState,  # before DDP, of which it is a subclass
     FSDPStrategy: FsdpState,
     ModelParallelStrategy: ModelParallelState,
     DDPStrategy: DdpState,

@@ -12,7 +12,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-HOOKS = ("configure_model", "configure_optimizers")
+HOOKS = ("setup", "configure_model", "configure_optimizers")
 
 
 def wrap(pl_module: pl.LightningModule, hook: str, around: Callable[..., Any], *args: Any) -> None:
@@ -32,7 +32,15 @@ def unwrap(pl_module: pl.LightningModule, *hooks: str) -> None:
                 vars(pl_module)[hook] = previous
 
 
-def _run(around: Callable[..., Any], args: tuple, hook: str, pl_module: pl.LightningModule, previous: Any) -> Any:
+def _run(
+    around: Callable[..., Any],
+    args: tuple,
+    hook: str,
+    pl_module: pl.LightningModule,
+    previous: Any,
+    *given: Any,
+    **named: Any,
+) -> Any:
     # The class's own hook is looked up anew: a bound method kept here would tie a deep copy to the original.
     call = previous if previous is not None else functools.partial(getattr(type(pl_module), hook), pl_module)
-    return around(*args, pl_module, call)
+    return around(*args, pl_module, functools.partial(call, *given, **named))

@@ -50,7 +50,9 @@ def _load(optimizer: Optimizer, saved: Mapping[str, Any], module: nn.Module, whi
             + (f" and {len(differing) - 4} more" if differing[4:] else "")
         )
     groups = optimizer.state_dict()["param_groups"]
-    if len(groups) != len(saved["param_groups"]):
+    # Some engines drop groups in which nothing trains.
+    pairs = _paired(groups, saved["param_groups"], len(groups) == len(saved["param_groups"]))
+    if pairs is None:
         raise AdapterError(
             f"{which} of the checkpoint has {len(saved['param_groups'])} parameter groups, this run's has {len(groups)}"
         )
@@ -62,9 +64,19 @@ def _load(optimizer: Optimizer, saved: Mapping[str, Any], module: nn.Module, whi
     }
     settings = [
         {**_settings(there), **{key: here[key] for key in ("params", "param_names") if key in here}}
-        for here, there in zip(groups, saved["param_groups"], strict=True)
+        for here, there in pairs
     ]
     optimizer.load_state_dict({"state": state, "param_groups": settings})
+
+
+def _paired(here: list[Any], there: Sequence[Any], all_there: bool) -> list[tuple[Any, Any]] | None:
+    """Groups of this run, each with its saved one: all of them, or those with parameters; None if they do not fit."""
+    if all_there:
+        return list(zip(here, there, strict=True))
+    saved = iter([group for group in there if group["params"]])
+    if len([group for group in here if group["params"]]) != len([group for group in there if group["params"]]):
+        return None
+    return [(group, next(saved) if group["params"] else group) for group in here]
 
 
 def _laid_out(value: Any, parameter: Tensor) -> Any:
