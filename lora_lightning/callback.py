@@ -36,7 +36,8 @@ from lora_lightning.injection.state import (
 from lora_lightning.optim import keep_trainable
 from lora_lightning.optim.by_kind import join_groups
 from lora_lightning.strategies import AdapterState, hooks, rng, state_for
-from lora_lightning.strategies.averaging import attach_averaging, begin_averaging
+from lora_lightning.strategies.averaging import attach_averaging, begin_averaging, detach_averaging
+from lora_lightning.strategies.broadcast import include_frozen
 from lora_lightning.strategies.checks import check_trainer
 from lora_lightning.strategies.position import attach_position
 
@@ -153,6 +154,11 @@ class LoraCallback(pl.Callback):
         if self.adapter is not None and record_of(the_root(target)[1]).source != str(Path(self.adapter).resolve()):
             load_adapter(target, self.adapter, trainable=True)
         _state_of(trainer).injected(target, by_callback=fresh)
+        if self.freeze_norm_stats and (names := freeze_statistics(target)) and fresh:
+            rank_zero_info(
+                f"the running statistics of {len(names)} normalisation layers stay as they are (first: {names[0]}); "
+                "freeze_norm_stats=False lets them move"
+            )
         if trainer.state.fn == TrainerFn.FITTING:
             begin_averaging(trainer, pl_module)
         if fresh or self.report is None:
@@ -231,11 +237,6 @@ class LoraCallback(pl.Callback):
         if asleep and any(layer.lora_dropout for _, layer in lora_layers(target)):
             rank_zero_info(
                 f"{asleep} LoRA layers were in eval mode; put in train mode, so that lora_dropout is in force"
-            )
-        if self.freeze_norm_stats and (names := freeze_statistics(target)):
-            rank_zero_info(
-                f"the running statistics of {len(names)} normalisation layers stay as they are (first: {names[0]}); "
-                "freeze_norm_stats=False lets them move"
             )
         # Restored before the first iterator is made, which draws from them as the next epoch's would have.
         if (state := _state_of(trainer).rng) is not None:
@@ -319,8 +320,10 @@ class LoraCallback(pl.Callback):
         return place
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the module's hooks back."""
+        """Give hooks and callbacks back what is theirs."""
         hooks.unwrap(pl_module)
+        detach_averaging(trainer)
+        include_frozen(pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Give the module's hooks back; where gradients were not finite, write the last good adapter."""

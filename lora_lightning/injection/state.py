@@ -31,6 +31,7 @@ class Injected:
         bases: Adapter folders folded into the base before this one, oldest first.
         base_model: Name or folder of the base model, where an adapter folder told it.
         source: Adapter folder whose values were loaded, to go on from.
+        still: Running statistics that training leaves as they are, by name below the root.
     """
 
     config: LoraConfig
@@ -40,6 +41,7 @@ class Injected:
     bases: tuple[str, ...] = ()
     base_model: str | None = None
     source: str | None = None
+    still: frozenset[str] = frozenset()
 
 
 def injected_roots(model: nn.Module) -> dict[str, nn.Module]:
@@ -109,18 +111,19 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """All that is not the frozen base, by canonical name; the tensors are the model's own, not copies.
 
     Inside an injected root these are the adapter's tensors and the running statistics of normalisation layers, which
-    move although nothing trains there; outside it (a LightningModule around a network), everything but frozen
+    move although nothing trains there (unless they have been frozen); outside it (a LightningModule around a network), everything but frozen
     parameters.
 
     Raises:
         AdapterError: If the model has no adapter.
     """
-    return {name: value for name, (_, value) in _kept(model).items()}
+    still = still_statistics(model)
+    return {name: value for name, (_, value) in _kept(model).items() if name not in still}
 
 
 @torch.no_grad()
 def load_lora_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Put back what :func:`lora_state_dict` gave, in place and as a whole.
+    """Put back what :func:`lora_state_dict` gave, in place and as a whole; running statistics where there are some.
 
     Args:
         model: An injected model, wrapped or not.
@@ -131,7 +134,8 @@ def load_lora_state(model: nn.Module, state: Mapping[str, Tensor], source: str) 
         AdapterError: If names or shapes differ; nothing has been changed then.
     """
     kept = _kept(model)
-    problems = differences({name: value for name, (_, value) in kept.items()}, state)
+    optional = set(_running_statistics(model)) - state.keys()
+    problems = differences({name: value for name, (_, value) in kept.items() if name not in optional}, state)
     if problems:
         raise AdapterError(f"{source} does not fit this model:" + "".join(f"\n  - {line}" for line in problems))
     for name, value in state.items():
@@ -204,13 +208,21 @@ def freeze_statistics(model: nn.Module) -> list[str]:
         Their names; layers that train in full, and those outside an injected root, are left alone.
     """
     full = {id(module) for _, module, _ in trained_in_full(model)}
-    frozen = []
+    frozen: dict[str, nn.Module] = {}
     for prefix, root in injected_roots(model).items():
-        for name, module in canonical_modules(root):
-            if isinstance(module, _NormBase) and module.track_running_stats and id(module) not in full:
-                module.eval()
-                frozen.append(_join(prefix, name))
-    return frozen
+        below = {
+            name: module.eval()
+            for name, module in canonical_modules(root)
+            if isinstance(module, _NormBase) and module.track_running_stats and id(module) not in full
+        }
+        record_of(root).still = frozenset(_join(name, b) for name, module in below.items() for b in module._buffers)
+        frozen |= {_join(prefix, name): module for name, module in below.items()}
+    return list(frozen)
+
+
+def still_statistics(model: nn.Module) -> set[str]:
+    """Names of the running statistics that :func:`freeze_statistics` has settled."""
+    return {_join(prefix, name) for prefix, root in injected_roots(model).items() for name in record_of(root).still}
 
 
 def _join(prefix: str, local: str) -> str:

@@ -85,14 +85,20 @@ def attach_averaging(trainer: pl.Trainer) -> None:
             )
         if _MARK in vars(callback):
             continue
-        vars(callback)[_MARK] = True
-        vars(callback)["setup"] = _nothing  # copies the module; begin_averaging does it instead
+        _replace(callback, "setup", _nothing)  # copies the module; begin_averaging does it instead
         if isinstance(callback, StochasticWeightAveraging):
             _attach_swa(callback)
         else:
             _on_moving(callback, "_swap_models", 0)
             _on_moving(callback, "_copy_average_to_current", 0)
             _on_moving(callback, "on_load_checkpoint", 1)
+
+
+def detach_averaging(trainer: pl.Trainer) -> None:
+    """Give the averaging callbacks their own ways back, for another trainer's run."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for name in vars(callback).pop(_MARK, ()):
+            vars(callback).pop(name, None)
 
 
 def begin_averaging(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -116,8 +122,8 @@ def _attach_swa(callback: StochasticWeightAveraging) -> None:
     _on_moving(callback, "transfer_weights", 1)
     _on_moving(callback, "update_parameters", 1)
     # Statistics that stay frozen are not to be made anew in a pass over the data, of which they would see nothing.
-    vars(callback)["pl_module_contains_batch_norm"] = lambda pl_module: bool(_norms(pl_module, moving=True))
-    vars(callback)["reset_batch_norm_and_save_state"] = functools.partial(_reset, callback)
+    _replace(callback, "pl_module_contains_batch_norm", _has_moving_norms)
+    _replace(callback, "reset_batch_norm_and_save_state", functools.partial(_reset, callback))
 
 
 def _reset(callback: StochasticWeightAveraging, pl_module: pl.LightningModule) -> None:
@@ -129,17 +135,26 @@ def _reset(callback: StochasticWeightAveraging, pl_module: pl.LightningModule) -
         callback.momenta.pop(norm, None)
 
 
+def _has_moving_norms(pl_module: pl.LightningModule) -> bool:
+    return bool(_norms(pl_module, moving=True))
+
+
 def _norms(module: nn.Module, *, moving: bool) -> list[_BatchNorm]:
     return [part for part in module.modules() if isinstance(part, _BatchNorm) and part.training is moving]
 
 
 def _on_moving(callback: pl.Callback, method: str, position: int) -> None:
     """Have a method of a callback see what moves in place of the LightningModule, its argument at ``position``."""
-    vars(callback)[method] = functools.partial(_call_on_moving, getattr(callback, method), position)
+    _replace(callback, method, functools.partial(_call_on_moving, getattr(callback, method), position))
 
 
 def _call_on_moving(method: Any, position: int, *args: Any) -> Any:
     return method(*args[:position], Moving.of(args[position]), *args[position + 1 :])
+
+
+def _replace(callback: pl.Callback, method: str, by: Any) -> None:
+    vars(callback).setdefault(_MARK, []).append(method)
+    vars(callback)[method] = by
 
 
 def _nothing(*_: Any, **__: Any) -> None:

@@ -132,9 +132,9 @@ class AdapterState:
             AdapterError: If processes' adapters have drifted apart, or it cannot be written.
         """
         assert_equal_across_ranks(lora_parameters(self.module))
-        for part in ("state_dict", "current_model_state"):  # as averaging callbacks leave them, spread over processes
-            if part in checkpoint:
-                checkpoint[part] = self._parts(checkpoint[part])
+        if "current_model_state" in checkpoint:  # a callback has put averages, of what moves, into "state_dict"
+            averages = self._parts(checkpoint["state_dict"])
+            checkpoint["state_dict"] = checkpoint["current_model_state"] | averages
         checkpoint[CHECKPOINT_KEY] = {"format": FORMAT, "adapters": self.entries(), "rng": rng.gather()}
         if dropped := [name for name in keep_primitives(checkpoint) if name not in self._told]:
             self._told.update(dropped)
