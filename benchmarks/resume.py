@@ -11,6 +11,7 @@ taking its share of the same batches.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import subprocess
 import sys
@@ -35,6 +36,9 @@ VARIANTS = (
     "tp+early+sharded",
     "fsdp2_tp",
 )
+if importlib.util.find_spec("deepspeed"):
+    VARIANTS += ("deepspeed_1", "deepspeed_2", "deepspeed_3")
+STAGES = "fit,validate,test,predict"
 SAME, ACROSS = 1e-6, 1e-5  # what a difference may be at most
 ROOT = Path(__file__).parent
 
@@ -66,15 +70,17 @@ def difference(one: Path, other: Path) -> float:
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
-def resumed(source: str, target: str, folder: Path) -> float:
+def whole_run(variant: str, folder: Path, *options: str) -> Path:
+    """The uninterrupted run of a variant in ``folder``, made at most once."""
+    out = folder / variant
+    return out if out.exists() else run(variant, out, "--stages", STAGES, *options)
+
+
+def resumed(source: str, target: str, folder: Path, *options: str) -> float:
     """How far ``target``, going on from the checkpoint of ``source``, is from its own uninterrupted run."""
-    whole = {name: folder / name for name in (source, target)}
-    for name, place in whole.items():
-        if not place.exists():
-            run(name, place)
-    out = folder / f"{source}-to-{target}"
-    run(target, out, "--ckpt", str(whole[source] / "step=3.ckpt"), "--save", "100")
-    return difference(out, whole[target])
+    before, after = (whole_run(name, folder, *options) for name in (source, target))
+    ckpt = str(before / "step=3.ckpt")
+    return difference(run(target, folder / f"{source}-to-{target}", "--ckpt", ckpt, "--save", "100", *options), after)
 
 
 def main() -> None:

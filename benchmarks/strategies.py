@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from resume import difference, run
+from resume import difference, resumed, run, whole_run
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "strategies.md"
 COLUMNS = (
@@ -42,7 +42,6 @@ ROWS = (
     ("DeepSpeed ZeRO 2", "deepspeed_2", 2, False),
     ("DeepSpeed ZeRO 3", "deepspeed_3", 2, False),
 )
-STAGES = "fit,validate,test,predict"
 NOT_RUN = "not run"
 
 
@@ -58,12 +57,9 @@ def figures(folder: Path) -> dict:
 
 def row_of(title: str, variant: str, processes: int, shards: bool, folder: Path, options: list[str]) -> list[str]:
     """One row, from three or four runs."""
-    measure = folder / "measure"
-    if not measure.exists():
-        run("single", measure, "--stages", STAGES, *options)
-    whole = run(variant, folder / variant, "--stages", STAGES, *options)
+    measure, whole = (whole_run(name, folder, *options) for name in ("single", variant))
     ckpt = whole / "step=3.ckpt"
-    again = run(variant, folder / f"{variant}-again", "--ckpt", str(ckpt), "--save", "100", *options)
+    again = resumed(variant, variant, folder, *options)
     told, wanted = figures(whole), figures(measure)
     cells = [title, str(processes), f"{difference(whole, measure):.0e}"]
     for stage in ("validate", "test"):
@@ -74,7 +70,7 @@ def row_of(title: str, variant: str, processes: int, shards: bool, folder: Path,
     if shards:
         sharded = f"{size(run(f'{variant}+sharded', folder / f'{variant}-sharded', *options) / 'step=3.ckpt'):,}"
     full = f"{size(ckpt):,}"
-    return [*cells, "yes", "yes" if shards else "none", f"{difference(again, whole):.0e}", full, sharded]
+    return [*cells, "yes", "yes" if shards else "none", f"{again:.0e}", full, sharded]
 
 
 def table(accelerator: str, folder: Path, only: list[str] | None = None) -> list[list[str]]:

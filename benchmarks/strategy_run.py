@@ -20,7 +20,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -158,7 +158,23 @@ class CpuFsdp(FSDPStrategy):
         )
 
 
+class CpuDeepSpeed(DeepSpeedStrategy):
+    """Lightning's DeepSpeed asks for CUDA; DeepSpeed itself has a CPU accelerator (``DS_ACCELERATOR=cpu``)."""
+
+    @property
+    def root_device(self) -> torch.device:  # noqa: D102  # as the original's
+        return torch.device("cpu", 0)
+
+    def setup_environment(self) -> None:  # noqa: D102  # without the question after CUDA
+        DDPStrategy.setup_environment(self)
+
+    def setup_distributed(self) -> None:  # noqa: D102  # without setting the CUDA device
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+
 STRATEGIES = ("single", "ddp", "ddp_fork", "fsdp", "fsdp2", "tp", "tp_partial", "fsdp2_tp")
+STRATEGIES += ("deepspeed_1", "deepspeed_2", "deepspeed_3")
 
 
 def strategy_of(name: str, *, sharded: bool, cpu: bool = True) -> tuple[Any, int]:
@@ -167,6 +183,10 @@ def strategy_of(name: str, *, sharded: bool, cpu: bool = True) -> tuple[Any, int
         policy = ModuleWrapPolicy({Block})
         kind = CpuFsdp if cpu else FSDPStrategy
         return kind(auto_wrap_policy=policy, state_dict_type="sharded" if sharded else "full"), 2
+    if name.startswith("deepspeed"):
+        if cpu:
+            os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported, by the strategy
+        return (CpuDeepSpeed if cpu else DeepSpeedStrategy)(stage=int(name[-1])), 2
     sizes = {"fsdp2": (2, 1), "tp": (1, 2), "tp_partial": (1, 2), "fsdp2_tp": (2, 2)}.get(name)
     if sizes:
         data, tensor = sizes
