@@ -74,4 +74,4 @@ class FsdpState(ShardedState):
     def synchronise(self, optimizer: Optimizer) -> None:
         """Average over all processes."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        average_gradients(parameters, dist.group.WORLD)
+        average_gradients(parameters, cast("dist.ProcessGroup", dist.group.WORLD))

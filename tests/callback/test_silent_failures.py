@@ -22,7 +22,8 @@ class TwoWays(nn.Module):
 
 
 def test_adapters_without_gradient_are_named(module_class, make_trainer):
-    with pytest.warns(UserWarning, match=r"2 of 4 adapter tensors got no gradient in the first step, first net\.unused"):
+    message = r"2 of 4 adapter tensors got no gradient in the first step, first net\.unused"
+    with pytest.warns(UserWarning, match=message):
         make_trainer(LoraCallback(CONFIG)).fit(module_class(TwoWays()))
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints that move between strategies, and rows of the table of strategies, from real runs of several processes."""
+"""Checkpoints that move between strategies, and rows of the table of strategies, from real runs of processes."""
 
 import sys
 from pathlib import Path
