@@ -65,7 +65,7 @@ def train(folder: Path) -> None:
     pl.seed_everything(3, verbose=False)
     remove_leftovers(folder)
     module, loader = Small(), ResumableLoader(rows, batch_size=4, generator=torch.Generator())
-    loader.trainer = trainer = pl.Trainer(
+    trainer = pl.Trainer(
         max_steps=STEPS,
         accelerator="cpu",
         logger=False,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lora_lightning.data.encode import IGNORED, Example
-from lora_lightning.data.samplers import LengthGroupedSampler
+from lora_lightning.strategies.position import Position, Positioned
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -78,50 +77,22 @@ class Collator:
         return batch
 
 
-class ResumableLoader(DataLoader):
-    """A ``DataLoader`` that can be saved and continued between two batches.
+class ResumableLoader(Positioned, DataLoader):  # type: ignore[misc]  # its iterator is no DataLoader's
+    """A ``DataLoader`` that can be saved and continued between two batches, with or without ``LoraCallback``.
 
     Lightning saves and loads the state of loaders that have ``state_dict`` and ``load_state_dict``; others it starts
     again at the first batch of the epoch, and leaves off as many at the end.
+
+    Args:
+        *args: Those of a ``DataLoader``, like ``options``.
+        trainer: Knows how many batches were trained on, which is fewer than were handed out where batches are fetched
+            ahead.
+        **options: Those of a ``DataLoader``.
     """
 
-    trainer: Trainer | None = None
-    """Knows how many batches were trained on, which is fewer than were handed out where batches are fetched ahead."""
-    _handed_out = 0
-    _resume_at: tuple[int, int] | None = None
-    """Epoch and batch at which the next iteration begins; None leaves both to others."""
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        # The first epoch's iterator is asked for before the sampler is told its epoch, and workers would read the
-        # order at once: so the work begins with the first batch (a generator), but where to begin is settled here.
-        # Once resumed, epochs are counted here: Lightning counts one twice if resumed at its end under `max_steps`.
-        at = self._resume_at
-        if at is not None:
-            self._resume_at = (at[0] + 1, 0)
-        return self._batches(at)
-
-    def _batches(self, at: tuple[int, int] | None) -> Iterator[Any]:
-        start = at[1] if at else 0
-        self._handed_out = start
-        if isinstance(self.sampler, LengthGroupedSampler):
-            if at:
-                self.sampler.set_epoch(at[0])
-            self.sampler.skip, start = start * self.sampler.batch_size, 0  # without loading what is skipped
-        for batch in islice(super().__iter__(), start, None):
-            self._handed_out += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        """Where the epoch stands: its number, and the batches of it that are done."""
-        done = self._handed_out
-        if self.trainer is not None:
-            progress = self.trainer.fit_loop.epoch_loop.batch_progress
-            done = progress.current.processed  # type: ignore[attr-defined]
-        return {"epoch": getattr(self.sampler, "epoch", 0), "batches": done}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Lets the next iteration begin behind the batches that are done, and those after it at the next epochs."""
-        self._resume_at = (state["epoch"], state["batches"])
+    def __init__(self, *args: Any, trainer: Trainer | None = None, **options: Any) -> None:
+        self.position = Position(self, trainer, rows_draw=False)
+        super().__init__(*args, **options)
 
 
 def loader_options(num_workers: int, seed: int) -> dict[str, Any]:

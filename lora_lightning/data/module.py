@@ -150,15 +150,14 @@ class DataModule(LightningDataModule):
                 rank=rank,
                 world=world,
             )
-        loader = ResumableLoader(
+        return ResumableLoader(
             train,
             batch_size=self.batch_size,
             sampler=sampler,
             collate_fn=self._collator(),
+            trainer=self.trainer,
             **loader_options(self.num_workers, self.seed),
         )
-        loader.trainer = self.trainer
-        return loader
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """The validation rows in order, each once over all ranks; no loader where there are none."""

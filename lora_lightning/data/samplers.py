@@ -44,13 +44,9 @@ class LengthGroupedSampler(DistributedSampler):
         self.lengths = lengths
         self.size = size
         self.batch_size = batch_size
-        self.skip = 0
-        """So many of this rank's rows are left out by the next iteration (a resumed epoch), and by that one only."""
 
     def __iter__(self) -> Iterator[int]:
-        mine = self.order()[self.rank :: self.num_replicas]
-        skip, self.skip = self.skip, 0
-        return iter(mine[skip:])
+        return iter(self.order()[self.rank :: self.num_replicas])
 
     def order(self) -> list[int]:
         """The rows of this epoch for all ranks together: row ``i`` is for rank ``i % world``."""

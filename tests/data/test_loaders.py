@@ -64,7 +64,8 @@ def test_a_plain_loop_continues_where_it_was(workers):
     resumed.load_state_dict(state)
     assert len(resumed) == 6
     assert seen(resumed) == seen(batches)
-    whole.sampler.set_epoch(4)
+    for each in (resumed, whole):
+        each.sampler.set_epoch(4)
     assert seen(resumed) == seen(whole)
 
 

@@ -71,14 +71,6 @@ def test_batches_hold_rows_of_like_length_and_the_longest_come_first():
     assert steps != sorted(steps, reverse=True)
 
 
-def test_skipping_leaves_out_the_first_rows_once():
-    sampler = LengthGroupedSampler(None, 20, batch_size=4)
-    whole = list(sampler)
-    sampler.skip = 8
-    assert list(sampler) == whole[8:]
-    assert list(sampler) == whole
-
-
 @given(sizes, worlds)
 def test_validation_counts_no_row_twice_and_keeps_ranks_in_step(size, world):
     found = [list(ShardSampler(size, rank=rank, world=world)) for rank in range(world)]
