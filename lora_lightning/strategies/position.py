@@ -43,6 +43,7 @@ def resume_position(trainer: pl.Trainer, state: dict[str, Any] | None) -> None:
         state: The random state of the checkpoint, from which the iterator is made.
     """
     loop = trainer.fit_loop
+    vars(loop.epoch_loop.val_loop)["increment_progress_to_evaluation_end"] = functools.partial(_pass_over, trainer)
     states, combined = loop._combined_loader_states_to_load, loop._combined_loader
     if not states or combined is None:
         return
@@ -58,6 +59,13 @@ def resume_position(trainer: pl.Trainer, state: dict[str, Any] | None) -> None:
         rng.restore(state)
     if loop._data_fetcher is not None:
         iter(loop._data_fetcher)
+
+
+def _pass_over(trainer: pl.Trainer) -> None:
+    """Pass over a validation that came after the checkpoint; iterators are made for it, and those draw a number."""
+    now, loop = rng.capture(), trainer.fit_loop.epoch_loop.val_loop
+    type(loop).increment_progress_to_evaluation_end(loop)
+    rng.restore(now)
 
 
 def _process(trainer: pl.Trainer, process: Callable[..., object], loader: object) -> object:

@@ -98,7 +98,6 @@ LOADERS = {
     "persistent workers": lambda: _plain(num_workers=2, persistent_workers=True),
     "noisy workers": lambda: DataLoader(Noisy(), batch_size=4, shuffle=True, num_workers=2),
 }
-WITHOUT_A_LENGTH = ("buffered", "sampler without a length", "cycle of streams")
 PLACES = {
     "in an epoch": {"every_n_train_steps": 4},
     "at the last batch": {"every_n_train_steps": 6},
@@ -165,17 +164,11 @@ def _check(folder, make, **options):
         assert all(torch.equal(state[name], whole[name]) for name in whole), path.stem
 
 
-def _draws_late(name, place):
-    """Lightning fetches from such a loader before it validates at the end of the epoch that was broken off there."""
-    return name in WITHOUT_A_LENGTH and place == "at the last batch"
-
-
 @pytest.mark.filterwarnings("ignore:.*worker.*", "ignore:.*IterableDataset.*")
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", [name for name in LOADERS if name not in SLOW])
 def test_the_same_batches(tmp_path, name, place):
-    if not _draws_late(name, place):
-        _check(tmp_path, LOADERS[name], **PLACES[place])
+    _check(tmp_path, LOADERS[name], **PLACES[place])
 
 
 @pytest.mark.slow
