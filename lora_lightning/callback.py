@@ -22,7 +22,7 @@ from lora_lightning.adapters.folder import WEIGHTS_FILE, chain_of, write_folder
 from lora_lightning.adapters.merge import fold_in
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import AdapterError, LoraConfigError, did_you_mean
-from lora_lightning.injection import LoraReport, check_config, freeze_base, inject_lora, lora_parameters, report_of
+from lora_lightning.injection import LoraReport, check_config, freeze_rest, inject_lora, lora_parameters, report_of
 from lora_lightning.injection.inject import default_seed
 from lora_lightning.injection.state import (
     freeze_statistics,
@@ -40,6 +40,7 @@ from lora_lightning.strategies.averaging import attach_averaging, begin_averagin
 from lora_lightning.strategies.broadcast import include_frozen
 from lora_lightning.strategies.checks import check_trainer
 from lora_lightning.strategies.position import attach_position, resume_position
+from lora_lightning.strategies.unfreezing import count_held, freeze_again
 
 _STATE = "_lora_state"
 
@@ -171,6 +172,7 @@ class LoraCallback(pl.Callback):
             if id(logger) not in self._logged:
                 self._logged.add(id(logger))
                 logger.log_hyperparams(self.report.facts("" if self.name == "default" else f"{self.name}/"))
+        freeze_again(trainer, pl_module)
 
     def _fold_in(self, target: nn.Module, config: LoraConfig, folder: str) -> None:
         roots = injected_roots(target)
@@ -226,6 +228,7 @@ class LoraCallback(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put adapted layers into train mode (a pretrained model comes in eval mode), and random states back."""
+        _state_of(trainer).begin_fit()
         target = self._target(pl_module)
         asleep = 0
         for _, layer in lora_layers(target):
@@ -251,11 +254,18 @@ class LoraCallback(pl.Callback):
             rng.restore(state.rng)
         state.rng = None
 
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the base frozen where another callback has just let layers train."""
+        _keep_base(trainer, pl_module)
+
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Average gradients where the strategy does not; stop at, or skip, a step in which they are not finite."""
         state = _state_of(trainer)
+        _keep_base(trainer, pl_module)
         if _callbacks(trainer)[0] is self:
             state.synchronise(optimizer)
         named = state.stepped(optimizer, lora_parameters(self._target(pl_module)))
@@ -422,5 +432,20 @@ def _configure_model(callback: LoraCallback, pl_module: pl.LightningModule, call
 
 def _configure_optimizers(callback: LoraCallback, pl_module: pl.LightningModule, call: Callable[[], Any]) -> Any:
     target = callback._target(pl_module)
-    freeze_base(target)  # parallel plans may have made parameters trainable since
+    freeze_rest(target)  # parallel plans may have made parameters trainable since
     return keep_trainable(call(), lora_parameters(target), weights_beside(target))
+
+
+def _keep_base(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Where a callback has let whole layers train and given them to an optimizer, leave it their adapters."""
+    state = _state_of(trainer)
+    if state.held is None:
+        return
+    held = count_held(trainer.optimizers)
+    if held != state.held:
+        for callback in _callbacks(trainer):
+            target = callback._target(pl_module)
+            freeze_rest(target)
+            keep_trainable(trainer.optimizers, lora_parameters(target), weights_beside(target))
+        held = count_held(trainer.optimizers)
+    state.held = held

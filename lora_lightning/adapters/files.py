@@ -25,6 +25,7 @@ from lora_lightning.errors import AdapterError
 
 MANIFEST = "checksums.json"  # of a checkpoint that is a folder; written last, so without it the folder is unfinished
 REPLACED = ".replaced"  # what a folder that is being replaced is called for a moment
+_OF_CHECKPOINTS = (MANIFEST, "meta.pt", ".metadata", "latest")  # ours, Lightning's, torch's, DeepSpeed's
 _MARK = ".tmp-lora-"
 _TEMPORARY = re.compile(r"\..+\.tmp-lora-\w+")
 _SEAL = b"lora-lightning crc32 "  # and eight digits: the comment at the end of a zip archive that we wrote
@@ -42,9 +43,11 @@ def atomic_save(obj: Any, path: str | os.PathLike[str]) -> None:
         path: A local file; its folder is made.
 
     Raises:
-        AdapterError: If it cannot be written. What was there before is as it was, and no part of the new file is left.
+        AdapterError: If it cannot be written, or the path is a folder that holds no checkpoint. What was there before
+            is as it was, and no part of the new file is left.
     """
     path = Path(path)
+    _refuse_other_folder(path)
     temporary = path.with_name(f".{path.name}{_MARK}{os.getpid()}_{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,9 +75,11 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         Where to write: a folder beside it.
 
     Raises:
-        AdapterError: If it cannot be written, on every process. What was there before is as it was.
+        AdapterError: If it cannot be written, on every process, or something else than a checkpoint is there. What was
+            there before is as it was.
     """
     path = Path(path)
+    _refuse_other_folder(path)
     temporary = path.with_name(f".{path.name}{_MARK}folder")
     first = not _distributed() or dist.get_rank() == 0
 
@@ -191,6 +196,15 @@ def _sealed(path: Path) -> bool | None:
         while rest and (chunk := file.read(min(rest, _CHUNK))):
             value, rest = zlib.crc32(chunk, value), rest - len(chunk)
     return end == struct.pack("<H", length) + _SEAL + b"%08x" % zlib.crc32(bytes(2), value)
+
+
+def _refuse_other_folder(path: Path) -> None:
+    """A checkpoint takes the place of a checkpoint, of an empty folder too, and not of what somebody keeps there."""
+    if path.is_dir() and any(path.iterdir()) and not any((path / name).exists() for name in _OF_CHECKPOINTS):
+        raise AdapterError(
+            f"{path} is a folder that holds no checkpoint but other files, which would be lost: give the checkpoint a "
+            "name of its own, in that folder or elsewhere"
+        )
 
 
 def _put(temporary: Path, path: Path) -> None:

@@ -1,6 +1,6 @@
 """Putting adapters into a model and taking them out again; a model is a tree of modules here, nothing more."""
 
-from lora_lightning.injection.inject import check_config, freeze_base, inject_lora, report_of
+from lora_lightning.injection.inject import check_config, freeze_base, freeze_rest, inject_lora, report_of
 from lora_lightning.injection.materialise import meta_parameters
 from lora_lightning.injection.report import LoraReport, LoraRow
 from lora_lightning.injection.state import lora_parameters, lora_state_dict
@@ -11,6 +11,7 @@ __all__ = [
     "LoraRow",
     "check_config",
     "freeze_base",
+    "freeze_rest",
     "inject_lora",
     "lora_disabled",
     "lora_parameters",

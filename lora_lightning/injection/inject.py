@@ -91,10 +91,20 @@ def check_config(model: nn.Module, config: LoraConfig) -> None:
 
 def freeze_base(model: nn.Module) -> None:
     """Let the adapter's parameters train and nothing else in the model."""
+    freeze_rest(model)
+    for tensor in adapter_tensors(model).values():
+        if isinstance(tensor, nn.Parameter):
+            tensor.requires_grad_(True)
+
+
+def freeze_rest(model: nn.Module) -> None:
+    """Freeze all but the adapter's parameters, and leave those as they are."""
     model = unwrap(model)
     own = {id(tensor) for tensor in adapter_tensors(model).values()}
     for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in own)
+        if id(parameter) not in own:
+            parameter.requires_grad_(False)
+            parameter.grad = None
 
 
 def report_of(model: nn.Module, heads: tuple[str, ...] = (), whole: nn.Module | None = None) -> LoraReport:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -111,8 +111,8 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """All that is not the frozen base, by canonical name; the tensors are the model's own, not copies.
 
     Inside an injected root these are the adapter's tensors and the running statistics of normalisation layers, which
-    move although nothing trains there (unless they have been frozen); outside it (a LightningModule around a network), everything but frozen
-    parameters.
+    move although nothing trains there (unless they have been frozen); outside it (a LightningModule around a network),
+    everything but frozen parameters.
 
     Raises:
         AdapterError: If the model has no adapter.
@@ -133,7 +133,7 @@ def load_lora_state(model: nn.Module, state: Mapping[str, Tensor], source: str) 
     Raises:
         AdapterError: If names or shapes differ; nothing has been changed then.
     """
-    kept = _kept(model)
+    kept = _kept(model, also=state.keys())
     optional = set(_running_statistics(model)) - state.keys()
     problems = differences({name: value for name, (_, value) in kept.items() if name not in optional}, state)
     if problems:
@@ -163,8 +163,11 @@ def differences(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> 
     return problems + shapes[:4] + ([f"{len(shapes) - 4} more shapes differ"] if shapes[4:] else [])
 
 
-def _kept(model: nn.Module) -> dict[str, tuple[nn.Module, Tensor]]:
-    """Canonical name to (module that has it, tensor) of all that is not the frozen base."""
+def _kept(model: nn.Module, also: Collection[str] = ()) -> dict[str, tuple[nn.Module, Tensor]]:
+    """Canonical name to (module that has it, tensor) of all that is not the frozen base.
+
+    What stands outside an injected root and is frozen counts where ``also`` names it: it trained, and may again.
+    """
     roots = injected_roots(model)
     if not roots:
         the_root(model)  # raises, with what to do
@@ -176,7 +179,7 @@ def _kept(model: nn.Module) -> dict[str, tuple[nn.Module, Tensor]]:
         for local, value in _own_state(module).items():
             name = _join(prefix, local)
             inside = any(root == "" or name.startswith(f"{root}.") for root in roots)
-            if name in own or name in moving or not (inside or name in frozen):
+            if name in own or name in moving or not (inside or (name in frozen and name not in also)):
                 kept[name] = (module, value)
     return kept
 

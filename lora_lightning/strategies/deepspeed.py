@@ -62,6 +62,9 @@ class DeepSpeedState(AdapterState):
 
         self._copy_originals(target)
 
+    def begin_fit(self) -> None:
+        """Its engine's optimizer holds buffers in place of parameters, and ``BaseFinetuning`` refuses DeepSpeed."""
+
     # ---- gradients
 
     def stepped(self, optimizer: Optimizer, adapters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.distributed import write_distributed
 from lora_lightning.adapters.files import atomic_folder
-from lora_lightning.errors import LoraConfigError
+from lora_lightning.errors import AdapterError, LoraConfigError
 from lora_lightning.injection.state import injected_roots, record_of
 from lora_lightning.injection.tensors import whole
 from lora_lightning.optim.clip import clip_by_norm
@@ -56,8 +56,14 @@ class ShardedState(AdapterState):
         return value.cpu() if self.strategy.is_global_zero else None
 
     def write(self, checkpoint: dict[str, Any], path: Path, storage_options: Any | None) -> None:
-        """A folder from every process, or a file from the first."""
+        """A folder from every process, or a file from the first.
+
+        Raises:
+            AdapterError: If there are options for how to store a folder.
+        """
         if self.distributed:
+            if storage_options is not None:
+                raise AdapterError(f"storage_options are for a checkpoint that is one file, got {storage_options!r}")
             with atomic_folder(path) as folder:
                 write_distributed(checkpoint, folder)
         elif self.strategy.is_global_zero:

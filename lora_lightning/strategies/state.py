@@ -25,6 +25,7 @@ from lora_lightning.strategies import rng
 from lora_lightning.strategies.equal import assert_equal_across_ranks
 from lora_lightning.strategies.files import use_atomic_io
 from lora_lightning.strategies.primitives import keep_primitives
+from lora_lightning.strategies.unfreezing import count_held, train_as_saved
 
 
 class AdapterState:
@@ -40,12 +41,14 @@ class AdapterState:
 
     Attributes:
         rng: The random states that this process had when the loaded checkpoint was written, until they are put back.
+        held: How many parameters the optimizers had when they were looked at last; None where nobody can add any.
     """
 
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
         self.entries: Callable[[], dict[str, dict[str, Any]]] = dict
         self.rng: dict[str, Any] | None = None
+        self.held: int | None = None
         self._told: set[str] = set()
         self._save: Callable[..., None] = strategy.save_checkpoint
         self._load: Callable[..., dict[str, Any]] = strategy.load_checkpoint
@@ -76,6 +79,10 @@ class AdapterState:
             target: The LightningModule, or the part below which the adapter is.
             by_callback: Whether the callback has injected just now; else the user had done so.
         """
+
+    def begin_fit(self) -> None:
+        """Called before training, once the strategy has wrapped the model and made its optimizers."""
+        self.held = count_held(self.strategy.optimizers)
 
     def synchronise(self, optimizer: Optimizer) -> None:
         """Average the gradients of an optimizer's parameters over processes where the strategy does not do so."""
@@ -177,6 +184,7 @@ class AdapterState:
         saved = checkpoint.get("optimizer_states")
         if saved is None:
             raise AdapterError("the checkpoint has no optimizer state (save_weights_only=True): it cannot be resumed")
+        train_as_saved(self.strategy.optimizers, saved, self.module)
         by_name.load_named_states(self.strategy.optimizers, saved, self.module)
 
     @property
