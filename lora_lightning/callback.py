@@ -112,6 +112,7 @@ class LoraCallback(pl.Callback):
         self._entry: dict[str, Any] | None = None
         self._logged: set[int] = set()
         self._first_step = True
+        self._before_validation: dict[str, Any] | None = None
 
     @property
     def state_key(self) -> str:
@@ -259,6 +260,20 @@ class LoraCallback(pl.Callback):
     ) -> None:
         """Keep the base frozen where another callback has just let layers train."""
         _keep_base(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the random states where a validation follows, which a run resumed at this batch would not make."""
+        loop = trainer.fit_loop
+        due = loop._data_fetcher is not None and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+        self._before_validation = rng.capture() if due else None
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let training go on as if nothing had been drawn by the validation."""
+        if self._before_validation is not None and not trainer.sanity_checking:
+            rng.restore(self._before_validation)
+            self._before_validation = None
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer

@@ -196,7 +196,7 @@ def test_what_is_no_adapter_checkpoint_is_refused(module, make_trainer, module_c
     with pytest.raises(AdapterError, match="no checkpoint at"):
         load_from_checkpoint(module_class, tmp_path / "none.ckpt")
     with pytest.raises(AdapterError, match="not written with a LoraCallback"):
-        make_trainer(LoraCallback(CONFIG)).fit(module_class(), ckpt_path=tmp_path / "full.ckpt", weights_only=True)
+        make_trainer(LoraCallback(CONFIG)).fit(module_class(), ckpt_path=tmp_path / "full.ckpt")
 
 
 def test_a_checkpoint_of_another_config_is_refused_naming_both(module_class, make_trainer):
@@ -286,11 +286,7 @@ def test_a_project_in_the_shape_of_lightning_hydra_template(make_trainer, caplog
     path = Path(trainer.checkpoint_callback.best_model_path)
     checkpoint = _read(path)
     assert checkpoint["hyper_parameters"] == {"compile": True}
-    assert set(checkpoint["state_dict"]) - {name for name in checkpoint["state_dict"] if "lora" in name} == {
-        "net.1.running_mean",
-        "net.1.running_var",
-        "net.1.num_batches_tracked",
-    }
+    assert all("lora" in name for name in checkpoint["state_dict"])
     adapter = sum(p.numel() * 4 for p in lora_parameters(trainer.lightning_module).values())
     assert path.stat().st_size < 3 * adapter + 64_000
     restored = load_from_checkpoint(LitModule, path, net=net(), optimizer=None, scheduler=None)

@@ -56,7 +56,7 @@ def test_groups_of_two_kinds_step_in_two_parts_and_are_whole_again(tmp_path):
         mixed = [plain[0], spread, plain[2]]
         optimizer = torch.optim.AdamW(mixed, lr=0.1, foreach=True)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
-        with pytest.raises(RuntimeError, match="mixed torch.Tensor and DTensor"):
+        with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):
             optimizer.step()
         optimizer.state.clear()
         step_by_kind(optimizer)
