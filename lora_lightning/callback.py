@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from torch.optim import Optimizer
 
 from lora_lightning.adapters import load_adapter, read_config
 from lora_lightning.adapters.checkpoint import adapter_from_checkpoint, checkpoint_entry, facts_of
-from lora_lightning.adapters.folder import WEIGHTS_FILE, chain_of, write_folder
+from lora_lightning.adapters.folder import chain_of, write_folder
 from lora_lightning.adapters.merge import fold_in
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import AdapterError, LoraConfigError, did_you_mean
@@ -38,8 +37,9 @@ from lora_lightning.optim.by_kind import join_groups
 from lora_lightning.strategies import AdapterState, hooks, rng, state_for
 from lora_lightning.strategies.averaging import attach_averaging, begin_averaging, detach_averaging
 from lora_lightning.strategies.broadcast import include_frozen
-from lora_lightning.strategies.checks import check_trainer
+from lora_lightning.strategies.checks import check_first_step, check_trainer
 from lora_lightning.strategies.position import attach_position, resume_position
+from lora_lightning.strategies.products import free_place, save_tokenizer
 from lora_lightning.strategies.unfreezing import count_held, freeze_again
 
 _STATE = "_lora_state"
@@ -286,7 +286,7 @@ class LoraCallback(pl.Callback):
         named = state.stepped(optimizer, lora_parameters(self._target(pl_module)))
         if self._first_step and named:
             self._first_step = False
-            self._look_at_first_step(pl_module, named, state.without_gradient(named))
+            check_first_step(dict(lora_layers(self._target(pl_module))), named, state.without_gradient(named))
         if getattr(trainer.precision_plugin, "scaler", None) is not None or not (bad := state.not_finite(named)):
             return  # a loss scaler skips such steps by itself
         loss = trainer.callback_metrics.get("train_loss", trainer.callback_metrics.get("train_loss_step"))
@@ -302,23 +302,6 @@ class LoraCallback(pl.Callback):
         rank_zero_warn(f"{where}; the step is skipped")
         state.skip(optimizer)
 
-    def _look_at_first_step(
-        self, pl_module: pl.LightningModule, named: dict[str, nn.Parameter], unused: list[str]
-    ) -> None:
-        if unused:
-            rank_zero_warn(
-                f"{len(unused)} of {len(named)} adapter tensors got no gradient in the first step, first {unused[0]}: "
-                "their layers took no part in the loss, or something between cuts gradients off (reentrant activation "
-                "checkpointing does, below frozen embeddings: use_reentrant=False). They are saved as they began"
-            )
-        layers = [(name, layer) for name, layer in lora_layers(self._target(pl_module)) if layer.lora_dropout]
-        if asleep := [name for name, layer in layers if not layer.training]:
-            rank_zero_warn(
-                f"{len(asleep)} of {len(layers)} LoRA layers are in eval mode while training, first {asleep[0]}, so "
-                "that lora_dropout is off: something calls eval() after the fit has begun, and has to call train() "
-                "before the next training step"
-            )
-
     # ---- what stays
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -331,18 +314,18 @@ class LoraCallback(pl.Callback):
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         if best and Path(best).exists():
             suffix = "" if self.name == "default" else f"-{self.name}"
-            beside = _free(Path(best).with_name(f"{Path(best).stem}-adapter{suffix}"))
+            beside = free_place(Path(best).with_name(f"{Path(best).stem}-adapter{suffix}"))
             self.best_adapter_path = adapter_from_checkpoint(best, beside, name=self.name)
-            _save_tokenizer(trainer, pl_module, beside)
+            save_tokenizer(trainer, pl_module, beside)
         rank_zero_info(f"LoRA adapter saved to {place}")
 
     def _write_adapter(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, folder: str, state: dict[str, Tensor]
     ) -> Path:
         place = Path(folder) / "adapter"
-        place = _free(place if self.name == "default" else place / self.name)
+        place = free_place(place if self.name == "default" else place / self.name)
         self.adapter_path = write_folder(facts_of(self.checkpoint_entry(pl_module)), state, place)
-        _save_tokenizer(trainer, pl_module, place)
+        save_tokenizer(trainer, pl_module, place)
         return place
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -407,25 +390,6 @@ def _refuse_contradiction(config: LoraConfig, saved: LoraConfig, folder: str) ->
             + "".join(f"\n  - {line}" for line in differing)
             + "\nLeave config out to take the adapter's own."
         )
-
-
-def _free(path: Path) -> Path:
-    """The path, or the first of ``path-2``, ``path-3`` … that holds no adapter: nothing is written over."""
-    taken, number = path, 1
-    while (path / WEIGHTS_FILE).exists():
-        number += 1
-        path = taken.with_name(f"{taken.name}-{number}")
-    if path != taken:
-        warnings.warn(f"{taken} holds an adapter already; this one goes to {path}", stacklevel=3)
-    return path
-
-
-def _save_tokenizer(trainer: pl.Trainer, pl_module: pl.LightningModule, folder: Path) -> None:
-    for owner in (pl_module, getattr(trainer, "datamodule", None)):
-        save = getattr(getattr(owner, "tokenizer", None), "save_pretrained", None)
-        if callable(save):
-            save(folder)
-            return
 
 
 # ---- around hooks of the module

@@ -50,7 +50,7 @@ def checkpoint_entry(module: nn.Module, attribute: str | None) -> dict[str, Any]
 
 
 def facts_of(entry: Mapping[str, Any]) -> AdapterFacts:
-    """The facts of an adapter's folder, from what a checkpoint keeps of it; names are those below the LightningModule."""
+    """The facts of an adapter's folder, from what a checkpoint keeps of it; names from the LightningModule on."""
     return AdapterFacts(entry["config"], entry["keys"], entry["outside"], entry["record"])
 
 

@@ -18,8 +18,9 @@ _SAMPLES = 16
 def fingerprint(root: nn.Module) -> str | None:
     """A hash over names, shapes and a few values of every frozen base parameter.
 
-    None where this process has not all of them (meta device, sharded). A few values of each tensor tell two bases apart and cost no pass over the weights. A quantised base and its
-    full-precision twin have different fingerprints, so a difference is a reason to warn, not to refuse.
+    None where this process has not all of them (meta device, sharded). A few values of each tensor tell two bases apart
+    and cost no pass over the weights. A quantised base and its full-precision twin have different fingerprints, so a
+    difference is a reason to warn, not to refuse.
     """
     own = {id(tensor) for tensor in adapter_tensors(root).values()}
     base = sorted((canonical(name), p) for name, p in root.named_parameters() if id(p) not in own)

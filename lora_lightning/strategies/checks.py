@@ -1,14 +1,18 @@
-"""What would fail in silence, refused before anything is injected."""
+"""What would fail in silence, told: refused before anything is injected, or warned of at the first step."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
 from lora_lightning.errors import LoraConfigError
+from lora_lightning.layers import LoraLayer
 
 
 def check_trainer(trainer: Any) -> None:
@@ -29,6 +33,29 @@ def check_trainer(trainer: Any) -> None:
             "further process would run the whole sweep again, and processes would train different experiments together "
             "without a word. Start each run by itself (one command for each job, without -m), or with a launcher that "
             "gives every job a process of its own"
+        )
+
+
+def check_first_step(layers: Mapping[str, LoraLayer], named: Mapping[str, nn.Parameter], unused: Sequence[str]) -> None:
+    """Warn of what the first optimizer step shows to be idle.
+
+    Args:
+        layers: Adapted layers by name.
+        named: The adapter's parameters that this step is to change.
+        unused: Names of those that got no gradient.
+    """
+    if unused:
+        rank_zero_warn(
+            f"{len(unused)} of {len(named)} adapter tensors got no gradient in the first step, first {unused[0]}: "
+            "their layers took no part in the loss, or something between cuts gradients off (reentrant activation "
+            "checkpointing does, below frozen embeddings: use_reentrant=False). They are saved as they began"
+        )
+    dropping = {name: layer for name, layer in layers.items() if layer.lora_dropout}
+    if asleep := [name for name, layer in dropping.items() if not layer.training]:
+        rank_zero_warn(
+            f"{len(asleep)} of {len(dropping)} LoRA layers are in eval mode while training, first {asleep[0]}, so that "
+            "lora_dropout is off: something calls eval() after the fit has begun, and has to call train() before the "
+            "next training step"
         )
 
 
