@@ -100,6 +100,15 @@ class Module(pl.LightningModule):
         self.log("loss", loss)
         return loss
 
+    def by_hand(self, batch: list[Tensor], batch_idx: int) -> None:
+        """A training step with manual optimization, clipping included."""
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(type(self).training_step(self, batch, batch_idx))
+        self.clip_gradients(optimizer, gradient_clip_val=0.01, gradient_clip_algorithm="norm")
+        self.clip_gradients(optimizer, gradient_clip_val=0.001, gradient_clip_algorithm="value")
+        optimizer.step()
+
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         """The mean loss of all rows, on every rank."""
         logits = self.net(batch[0][:, :-1])
@@ -208,6 +217,7 @@ def main() -> None:
     parser.add_argument("--stages", default="fit", help="of fit,validate,test,predict, in order")
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--by-hand", action="store_true", help="manual optimization")
     parser.add_argument("--clip", type=float, default=0.05)
     args = parser.parse_args()
 
@@ -220,6 +230,9 @@ def main() -> None:
     module = kind(args.width, args.blocks, args.early)
     if args.strategy == "ddp_fork" or (args.early and not sharding):
         inject_lora(module, CONFIG)
+    if args.by_hand:
+        module.automatic_optimization = False
+        module.training_step = module.by_hand  # type: ignore[method-assign]
     strategy, devices = strategy_of(args.strategy, sharded=args.sharded, cpu=args.accelerator == "cpu")
     generator = torch.Generator().manual_seed(11)
     rows = TensorDataset(torch.randint(VOCABULARY, (ROWS, LENGTH), generator=generator))
@@ -229,7 +242,7 @@ def main() -> None:
         accelerator=args.accelerator,
         devices=devices,
         strategy=strategy,
-        gradient_clip_val=args.clip,
+        gradient_clip_val=None if args.by_hand else args.clip,
         use_distributed_sampler=False,
         default_root_dir=args.out,
         logger=False,

@@ -17,13 +17,14 @@ from torch.optim import Optimizer
 
 from lora_lightning.adapters import load_adapter, read_config
 from lora_lightning.adapters.checkpoint import adapter_from_checkpoint, checkpoint_entry, facts_of
-from lora_lightning.adapters.folder import chain_of, write_folder
+from lora_lightning.adapters.folder import chain_of, check_finite, write_folder
 from lora_lightning.adapters.merge import fold_in
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import AdapterError, LoraConfigError, did_you_mean
 from lora_lightning.injection import LoraReport, check_config, freeze_rest, inject_lora, lora_parameters, report_of
 from lora_lightning.injection.inject import default_seed
 from lora_lightning.injection.state import (
+    Injected,
     freeze_statistics,
     injected_roots,
     lora_layers,
@@ -110,9 +111,11 @@ class LoraCallback(pl.Callback):
         self.adapter_path: Path | None = None
         self.best_adapter_path: Path | None = None
         self._entry: dict[str, Any] | None = None
+        self._entry_of: Injected | None = None
         self._logged: set[int] = set()
         self._first_step = True
         self._before_validation: dict[str, Any] | None = None
+        self._still: dict[str, nn.Module] = {}
 
     @property
     def state_key(self) -> str:
@@ -156,16 +159,18 @@ class LoraCallback(pl.Callback):
         if self.adapter is not None and record_of(the_root(target)[1]).source != str(Path(self.adapter).resolve()):
             load_adapter(target, self.adapter, trainable=True)
         _state_of(trainer).injected(target, by_callback=fresh)
-        if self.freeze_norm_stats and (names := freeze_statistics(target)) and fresh:
+        self._still = freeze_statistics(target) if self.freeze_norm_stats else {}
+        if self._still and fresh:
             rank_zero_info(
-                f"the running statistics of {len(names)} normalisation layers stay as they are (first: {names[0]}); "
-                "freeze_norm_stats=False lets them move"
+                f"the running statistics of {len(self._still)} normalisation layers stay as they are (first: "
+                f"{next(iter(self._still))}); freeze_norm_stats=False lets them move"
             )
         if trainer.state.fn == TrainerFn.FITTING:
             begin_averaging(trainer, pl_module)
-        if fresh or self.report is None:
+        record = record_of(the_root(target)[1])
+        if self._entry_of is not record:
             # Made now, while the base is whole; nothing in it moves while training.
-            self._entry = checkpoint_entry(pl_module, self.module)
+            self._entry, self._entry_of = checkpoint_entry(pl_module, self.module), record
             self._tell(report)
         heads = report.frozen_heads or (self.report.frozen_heads if self.report else ())
         self.report = report_of(target, heads, whole=pl_module)
@@ -258,7 +263,9 @@ class LoraCallback(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Keep the base frozen where another callback has just let layers train."""
+        """Keep the base frozen where another callback has just let layers train, or ``self.train()`` was called."""
+        for norm in self._still.values():
+            norm.training = False
         _keep_base(trainer, pl_module)
 
     def on_train_batch_end(
@@ -287,7 +294,8 @@ class LoraCallback(pl.Callback):
         if self._first_step and named:
             self._first_step = False
             check_first_step(dict(lora_layers(self._target(pl_module))), named, state.without_gradient(named))
-        if getattr(trainer.precision_plugin, "scaler", None) is not None or not (bad := state.not_finite(named)):
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if (scaler is not None and scaler.is_enabled()) or not (bad := state.not_finite(named)):
             return  # a loss scaler skips such steps by itself
         loss = trainer.callback_metrics.get("train_loss", trainer.callback_metrics.get("train_loss_step"))
         told = "" if loss is None else f" (loss {float(loss):g})"
@@ -308,6 +316,7 @@ class LoraCallback(pl.Callback):
         """Write the adapter folders."""
         folder = trainer.log_dir or trainer.default_root_dir  # log_dir talks to all ranks: ask before they part
         state = _state_of(trainer).whole_state()
+        check_finite(state)  # on all ranks: none is to wait for one that has failed
         if getattr(trainer, "fast_dev_run", False) or not trainer.is_global_zero:
             return
         place = self._write_adapter(trainer, pl_module, folder, state)
@@ -330,13 +339,11 @@ class LoraCallback(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Give hooks and callbacks back what is theirs."""
-        hooks.unwrap(pl_module)
-        detach_averaging(trainer)
-        include_frozen(pl_module)
+        _give_back(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Give the module's hooks back; where gradients were not finite, write the last good adapter."""
-        hooks.unwrap(pl_module)
+        """Give back as at the end; where gradients were not finite, write the last good adapter."""
+        _give_back(trainer, pl_module)
         for optimizer in trainer.optimizers:
             join_groups(optimizer)
         if isinstance(exception, NonFiniteError):
@@ -354,6 +361,12 @@ class LoraCallback(pl.Callback):
 
 class NonFiniteError(AdapterError):
     """Gradients have a NaN or an infinity in them; the adapter is as it was before the step."""
+
+
+def _give_back(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    hooks.unwrap(pl_module)
+    detach_averaging(trainer)
+    include_frozen(pl_module)
 
 
 def _check_callbacks(trainer: pl.Trainer) -> None:

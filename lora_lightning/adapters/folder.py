@@ -123,8 +123,7 @@ def write_folder(
     folder = Path(folder)
     if (folder / WEIGHTS_FILE).exists() and not overwrite:
         raise AdapterError(f"{folder} holds an adapter already: choose another folder, or pass overwrite=True")
-    if bad := sorted(name for name, value in state.items() if not _finite(value)):
-        raise AdapterError(f"not saved, the adapter has values that are not finite: {', '.join(bad[:4])}")
+    check_finite(state)
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / CONFIG_FILE, _json(facts.config))
     _write(folder / RECORD_FILE, _json(facts.record))
@@ -132,6 +131,16 @@ def write_folder(
         _write_tensors(folder / OUTSIDE_FILE, {name: state[name] for name in facts.outside})
     _write_tensors(folder / WEIGHTS_FILE, {key: state[name] for name, key in facts.keys.items()})
     return folder
+
+
+def check_finite(state: Mapping[str, Tensor]) -> None:
+    """Refuse an adapter that has a NaN or an infinity in it.
+
+    Raises:
+        AdapterError: With the names.
+    """
+    if bad := sorted(name for name, value in state.items() if not _finite(value)):
+        raise AdapterError(f"not saved, the adapter has values that are not finite: {', '.join(bad[:4])}")
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trainable: bool = False) -> LoraReport:

@@ -204,11 +204,11 @@ def copy_statistics(root: nn.Module) -> dict[str, Tensor]:
     return {name: found[name].clone() for name in _running_statistics(root) if name in found}
 
 
-def freeze_statistics(model: nn.Module) -> list[str]:
+def freeze_statistics(model: nn.Module) -> dict[str, nn.Module]:
     """Put normalisation layers with running statistics in a frozen base into eval mode, in which those stay.
 
     Returns:
-        Their names; layers that train in full, and those outside an injected root, are left alone.
+        Them by name; layers that train in full, and those outside an injected root, are left alone.
     """
     full = {id(module) for _, module, _ in trained_in_full(model)}
     frozen: dict[str, nn.Module] = {}
@@ -220,7 +220,7 @@ def freeze_statistics(model: nn.Module) -> list[str]:
         }
         record_of(root).still = frozenset(_join(name, b) for name, module in below.items() for b in module._buffers)
         frozen |= {_join(prefix, name): module for name, module in below.items()}
-    return list(frozen)
+    return frozen
 
 
 def still_statistics(model: nn.Module) -> set[str]:

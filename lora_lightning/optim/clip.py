@@ -1,8 +1,9 @@
-"""Clipping by one norm over gradients of every kind: plain tensors, and those spread over processes."""
+"""Clipping gradients of every kind together: plain tensors, and those spread over processes."""
 
 from __future__ import annotations
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lora_lightning.injection.tensors import norms, same_kind
@@ -26,3 +27,12 @@ def clip_by_norm(optimizer: Optimizer, clip_val: float) -> torch.Tensor:
         for positions in same_kind(grads).values():
             torch._foreach_mul_([grads[i] for i in positions], factor)
     return total
+
+
+@torch.no_grad()
+def clip_by_value(optimizer: Optimizer, clip_val: float) -> None:
+    """Bring every element of an optimizer's gradients between ``-clip_val`` and ``clip_val``, in place."""
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    for grad in grads:
+        local = grad.to_local() if isinstance(grad, DTensor) else grad
+        local.clamp_(-clip_val, clip_val)

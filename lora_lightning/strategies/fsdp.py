@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch.distributed as dist
@@ -25,6 +26,7 @@ class FsdpState(ShardedState):
     """
 
     _root: nn.Module | None = None
+    _ignored: Sequence[nn.Parameter] = ()
 
     def attach(self, *args: Any) -> None:  # noqa: D102  # as the base class's
         super().attach(*args)
@@ -44,7 +46,7 @@ class FsdpState(ShardedState):
         return cast("FSDPStrategy", self.strategy)._state_dict_type == "sharded"
 
     def injected(self, target: nn.Module, *, by_callback: bool) -> None:
-        """Keep the adapters out of the flat parameters, and bring them to the device.
+        """Keep what trains out of the flat parameters, and bring it to the device.
 
         Raises:
             LoraConfigError: If the user has wrapped the model with the adapters in it.
@@ -66,9 +68,13 @@ class FsdpState(ShardedState):
                 "FullyShardedDataParallel(…, ignored_states=list(lora_parameters(model).values())), or leave the "
                 "wrapping to the strategy (auto_wrap_policy)"
             )
-        before = [p for p in strategy.kwargs.get("ignored_states") or () if id(p) not in map(id, adapters.values())]
-        strategy.kwargs["ignored_states"] = [*before, *adapters.values()]
-        for parameter in adapters.values():
+        trained = [p for p in self.module.parameters() if p.requires_grad]  # outside the adapted network too
+        ours = {id(p) for p in (*self._ignored, *trained)}
+        users = (*strategy.kwargs.pop("ignored_modules", ()), *strategy.kwargs.get("ignored_states", ()))
+        parameters = [p for each in users for p in (each.parameters() if isinstance(each, nn.Module) else (each,))]
+        strategy.kwargs["ignored_states"] = [*(p for p in parameters if id(p) not in ours), *trained]
+        self._ignored = trained
+        for parameter in trained:
             parameter.data = parameter.data.to(strategy.root_device)
 
     def synchronise(self, optimizer: Optimizer) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lora_lightning.adapters.distributed import write_distributed
 from lora_lightning.adapters.files import atomic_folder
 from lora_lightning.errors import AdapterError, LoraConfigError
 from lora_lightning.injection.state import injected_roots, record_of
 from lora_lightning.injection.tensors import whole
-from lora_lightning.optim.clip import clip_by_norm
+from lora_lightning.optim.clip import clip_by_norm, clip_by_value
 from lora_lightning.strategies.state import AdapterState
 
 
@@ -25,8 +28,16 @@ class ShardedState(AdapterState):
 
     def attach(self, *args: Any) -> None:  # noqa: D102  # as the base class's
         super().attach(*args)
-        # Lightning's refuses FSDP, and a norm over plain tensors and DTensors.
-        vars(self.strategy.precision_plugin)["clip_grad_by_norm"] = clip_by_norm
+        # Lightning's refuse a norm under FSDP, and plain tensors beside DTensors.
+        vars(self.strategy.precision_plugin).update(
+            clip_grad_by_norm=functools.partial(self._clip, clip_by_norm),
+            clip_grad_by_value=functools.partial(self._clip, clip_by_value),
+        )
+
+    def _clip(self, clip: Callable[[Optimizer, float], Any], optimizer: Optimizer, clip_val: float) -> None:
+        if not self.module.automatic_optimization:  # called by hand, before the step and what goes before it
+            self.synchronise(optimizer)
+        clip(optimizer, clip_val)
 
     def injected(self, target: nn.Module, *, by_callback: bool) -> None:
         """See that what the user has injected began alike on all processes; nothing broadcasts it.

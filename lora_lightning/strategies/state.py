@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 from lora_lightning.adapters.checkpoint import CHECKPOINT_KEY, FORMAT, entries_of, read_checkpoint
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import AdapterError
-from lora_lightning.injection.state import load_lora_state, lora_parameters, lora_state_dict
+from lora_lightning.injection.state import injected_roots, load_lora_state, lora_parameters, lora_state_dict
 from lora_lightning.injection.tensors import whole
 from lora_lightning.optim import gradients
 from lora_lightning.strategies import optimizer_state as by_name
@@ -61,14 +62,17 @@ class AdapterState:
         """
         self.entries, self.rng = entries, None
         use_atomic_io(self.strategy)
-        vars(self.strategy).update(
-            lightning_module_state_dict=self.model_state,
-            optimizer_state=self.optimizer_state,
-            load_model_state_dict=self.load_model_state,
-            load_optimizer_state_dict=self.load_optimizer_states,
-            save_checkpoint=self.save,
-            load_checkpoint=self.load,
-        )
+        ways: dict[str, Callable[..., Any]] = {
+            "lightning_module_state_dict": self.model_state,
+            "optimizer_state": self.optimizer_state,
+            "load_model_state_dict": self.load_model_state,
+            "load_optimizer_state_dict": self.load_optimizer_states,
+            "save_checkpoint": self.save,
+            "load_checkpoint": self.load,
+        }
+        for name, way in ways.items():
+            if name not in vars(self.strategy):
+                vars(self.strategy)[name] = functools.partial(_choose, self, way, getattr(self.strategy, name))
 
     # ---- what a strategy may do otherwise
 
@@ -214,3 +218,9 @@ class AdapterState:
                 "the checkpoint was made with another LoRA config (here: this run's, there: the checkpoint's):"
                 + "".join(f"\n  - {line}" for line in problems)
             )
+
+
+def _choose(state: AdapterState, ours: Callable[..., Any], own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Our way where the module has an adapter; the strategy's own where another trainer has taken it for another."""
+    module = state.strategy.lightning_module
+    return (ours if module is not None and injected_roots(module) else own)(*args, **kwargs)

@@ -94,7 +94,7 @@ def make_trainer(tmp_path):
         settings = {
             "max_epochs": 1,
             "logger": False,
-            "accelerator": "cpu",
+            **({} if "strategy" in options and not isinstance(options["strategy"], str) else {"accelerator": "cpu"}),
             "enable_progress_bar": False,
             "enable_model_summary": False,
             "default_root_dir": tmp_path,

@@ -8,7 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from resume import ACROSS, SAME, resumed
+from resume import ACROSS, SAME, difference, resumed, run
 from strategies import COLUMNS, ROWS, row_of
 
 MOVES = (
@@ -40,6 +40,13 @@ def test_a_row_of_the_table(tmp_path, variant):
     else:
         assert float(cells["predict"]) <= 1e-5, cells
         assert int(cells["bytes sharded"].replace(",", "")) > 0
+
+
+@pytest.mark.slow
+def test_clipping_by_hand_comes_after_averaging(tmp_path):
+    runs = {name: run(name, tmp_path / name, "--by-hand") for name in ("single", "fsdp", "tp_partial")}
+    for name in ("fsdp", "tp_partial"):
+        assert difference(runs[name], runs["single"]) <= 1e-5
 
 
 @pytest.mark.gpu
