@@ -11,6 +11,7 @@ from lora_lightning.adapters.folder import load_adapter
 from lora_lightning.errors import AdapterError
 from lora_lightning.injection.names import canonical_modules, unwrap
 from lora_lightning.injection.state import lora_layers, the_root
+from lora_lightning.injection.tensors import spread_like, whole
 from lora_lightning.injection.unload import remove_adapter
 from lora_lightning.layers import LoraLayer
 
@@ -33,7 +34,7 @@ def merge_lora(model: nn.Module, *, safe: bool = True) -> None:
     the_root(model)
     layers = dict(lora_layers(model))
     _refuse_tied(model, layers)
-    if safe and (bad := [name for name, layer in layers.items() if not torch.isfinite(_merged(layer)).all()]):
+    if safe and (bad := [name for name, layer in layers.items() if not _finite(_merged(layer))]):
         raise AdapterError(f"not merged, the result would not be finite in {', '.join(bad[:4])}")
     for layer in layers.values():
         layer.weight.copy_(_merged(layer))
@@ -59,9 +60,14 @@ def _merged(layer: LoraLayer) -> Tensor:
     a, b = layer.lora_A.data, layer.lora_B.data
     layer.lora_A.data, layer.lora_B.data = a.to(exact), b.to(exact)
     try:
-        return (weight.to(exact) + layer.lora_weight_delta()).to(weight.dtype)
+        return (weight.to(exact) + spread_like(layer.lora_weight_delta(), weight)).to(weight.dtype)
     finally:
         layer.lora_A.data, layer.lora_B.data = a, b
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all of a tensor is finite: for a ``DTensor`` every process gets one answer, and none merges alone."""
+    return bool(whole(torch.isfinite(tensor).all()))
 
 
 def _refuse_tied(model: nn.Module, layers: dict[str, LoraLayer]) -> None:
