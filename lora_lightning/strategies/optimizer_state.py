@@ -49,13 +49,7 @@ def _load(optimizer: Optimizer, saved: Mapping[str, Any], module: nn.Module, whi
             f"{which} of the checkpoint holds other parameters than this run's: {', '.join(differing[:4])}"
             + (f" and {len(differing) - 4} more" if differing[4:] else "")
         )
-    groups = optimizer.state_dict()["param_groups"]
-    # Some engines drop groups in which nothing trains.
-    pairs = _paired(groups, saved["param_groups"], len(groups) == len(saved["param_groups"]))
-    if pairs is None:
-        raise AdapterError(
-            f"{which} of the checkpoint has {len(saved['param_groups'])} parameter groups, this run's has {len(groups)}"
-        )
+    pairs = _paired(optimizer.state_dict()["param_groups"], saved["param_groups"], names, which)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = {
         number: {key: _laid_out(value, parameters[number]) for key, value in saved["state"][name].items()}
@@ -69,14 +63,29 @@ def _load(optimizer: Optimizer, saved: Mapping[str, Any], module: nn.Module, whi
     optimizer.load_state_dict({"state": state, "param_groups": settings})
 
 
-def _paired(here: list[Any], there: Sequence[Any], all_there: bool) -> list[tuple[Any, Any]] | None:
-    """Groups of this run, each with its saved one: all of them, or those with parameters; None if they do not fit."""
-    if all_there:
-        return list(zip(here, there, strict=True))
-    saved = iter([group for group in there if group["params"]])
-    if len([group for group in here if group["params"]]) != len([group for group in there if group["params"]]):
-        return None
-    return [(group, next(saved) if group["params"] else group) for group in here]
+def _paired(here: list[Any], there: Sequence[Any], names: list[str], which: str) -> list[tuple[Any, Any]]:
+    """Groups of this run, each with the saved one of the same parameters, since groups may have another order now.
+
+    Groups without parameters are told apart by their order alone. Some engines drop them: where there are not as many
+    as were saved, each keeps what it has.
+    """
+    empty = [group for group in there if not group["params"]]
+    if len(empty) != sum(not group["params"] for group in here):
+        empty = [group for group in here if not group["params"]]
+    unused = iter(empty)
+    saved = {frozenset(group["params"]): group for group in there if group["params"]}
+    pairs = []
+    for group in here:
+        members = [names[number] for number in group["params"]]
+        if members and frozenset(members) not in saved:
+            raise AdapterError(
+                f"{which} of the checkpoint has {len(there)} parameter groups, this run's has {len(here)}, and no "
+                f"group of the checkpoint has the parameters of this run's with {', '.join(members[:4])}"
+                + (f" and {len(members) - 4} more" if members[4:] else "")
+                + ": group them as they were, since each group has a learning rate of its own"
+            )
+        pairs.append((group, saved[frozenset(members)] if members else next(unused)))
+    return pairs
 
 
 def _laid_out(value: Any, parameter: Tensor) -> Any:

@@ -57,6 +57,36 @@ def test_learning_rates_of_groups_come_back():
     assert [group["lr"] for group in fresh.param_groups] == [0.1, 0.007]
 
 
+@pytest.mark.parametrize("orders", [([C, D], [B, A]), ([], [C, D], [A, B]), ([D, C], [], [A, B])])
+def test_groups_in_another_order_keep_their_learning_rates(orders):
+    model = _model()
+    saved = named_state(torch.optim.SGD(_groups(model, [A, B], [C, D])), model)
+    resumed = torch.optim.SGD([{**group, "lr": 9.0} for group in _groups(model, *orders)])
+    load_named_states([resumed], [saved], model)
+    rates = {A: 0.1, B: 0.1, C: 0.05, D: 0.05}
+    for group, order in zip(resumed.param_groups, orders, strict=True):
+        # One that the checkpoint does not have, which some engines drop, stays as it is.
+        assert group["lr"] == (rates[order[0]] if order else 9.0)
+
+
+def test_groups_without_parameters_go_by_their_order():
+    model = _model()
+    saved = named_state(torch.optim.SGD(_groups(model, [], [A, B], [], [C, D])), model)
+    resumed = torch.optim.SGD([{**group, "lr": 9.0} for group in _groups(model, [C, D], [], [], [A, B])])
+    load_named_states([resumed], [saved], model)
+    assert [group["lr"] for group in resumed.param_groups] == [0.1 / 4, 0.1, 0.1 / 3, 0.1 / 2]
+
+
+@pytest.mark.parametrize("orders", [([A, C], [B, D]), ([A], [B, C, D]), ([A, B, C, D], []), ([A, B], [C], [D])])
+def test_parameters_in_other_groups_are_refused(orders):
+    model = _model()
+    saved = named_state(torch.optim.SGD(_groups(model, [A, B], [C, D])), model)
+    resumed = torch.optim.SGD([{**group, "lr": 9.0} for group in _groups(model, *orders)])
+    with pytest.raises(AdapterError, match="no group of the checkpoint has the parameters of this run's with"):
+        load_named_states([resumed], [saved], model)
+    assert all(group["lr"] == 9.0 for group in resumed.param_groups)
+
+
 def test_what_does_not_fit_is_told_by_name():
     model = _model()
     state = named_state(torch.optim.SGD(_groups(model, [A, B], [C, D])), model)
