@@ -314,7 +314,7 @@ def _on_all(path: Path, action: Any) -> None:
     try:
         if action is not None:
             action()
-    except OSError as error:
+    except BaseException as error:  # of whatever kind: the others wait for this process
         failed = error
     _raise_together(path, failed)
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lora_lightning.adapters.files import MANIFEST, REPLACED, damage_of
+from lora_lightning.adapters.zero import WHOLE, is_zero
 
 _META = "meta.pt"  # what a checkpoint that is a folder keeps besides its tensors
 
@@ -67,10 +68,16 @@ def _candidates(folder: Path, more: Iterable[Path]) -> list[Path]:
 def _facts_of(path: Path) -> dict[str, Any] | None:
     """A checkpoint's content without reading its tensors, or None where that is not to be had without running code."""
     try:
-        content = torch.load(path / _META if path.is_dir() else path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(_file_of(path), map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # torch raises many kinds; whether it is damaged is asked in another way
         return None
     return content if isinstance(content, dict) else None
+
+
+def _file_of(path: Path) -> Path:
+    if path.is_dir():
+        return path / (WHOLE if is_zero(path) else _META)
+    return path
 
 
 def _written(path: Path) -> float:

@@ -16,6 +16,7 @@ import torch
 from lora_lightning.adapters import files
 from lora_lightning.adapters.files import MANIFEST, atomic_folder, atomic_save, damage_of, remove_leftovers
 from lora_lightning.adapters.newest import newest_whole
+from lora_lightning.adapters.zero import write_whole
 from lora_lightning.errors import AdapterError
 
 
@@ -231,6 +232,35 @@ def test_processes_write_one_folder_and_fail_together(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+ANY_KIND = """
+import sys
+from datetime import timedelta
+import torch.distributed as dist
+from lora_lightning.adapters.files import atomic_folder
+rank, place = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group(
+    "gloo", init_method=f"file://{place}/meeting", rank=rank, world_size=2, timeout=timedelta(seconds=20)
+)
+try:
+    with atomic_folder(f"{place}/no\\0path.ckpt"):  # which no system takes, and Python says so by a ValueError
+        pass
+except Exception as error:
+    print(type(error).__name__, error)
+dist.barrier()
+"""
+
+
+def test_an_exception_of_any_kind_in_the_first_process_is_one_in_all(tmp_path):
+    processes = [
+        subprocess.Popen([sys.executable, "-c", ANY_KIND, str(rank), tmp_path], stdout=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    said = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert said[0].startswith("ValueError") and said[1].startswith("AdapterError")
+    assert all("null byte" in each for each in said)
+
+
 # ---- killed at each of the moments when the system is asked for something
 
 CRASHES = """
@@ -309,6 +339,15 @@ def test_the_highest_step_is_the_newest_whatever_the_time(tmp_path):
     assert newest_whole(tmp_path) == tmp_path / "11.ckpt"
     atomic_save(content(12), tmp_path / "elsewhere" / "12.ckpt")
     assert newest_whole(tmp_path, tmp_path / "elsewhere" / "12.ckpt") == tmp_path / "elsewhere" / "12.ckpt"
+
+
+def test_folders_of_deepspeed_are_read_too(tmp_path):
+    for step, weights_only in ((10, False), (3, False), (12, True)):  # written in this order
+        with atomic_folder(tmp_path / f"{step}.ckpt") as folder:
+            write_whole({"global_step": step, "state_dict": {}} if weights_only else content(step), folder)
+    atomic_save(content(4), tmp_path / "4.ckpt")
+    with pytest.warns(UserWarning, match=r"12\.ckpt is passed over: it holds weights only"):
+        assert newest_whole(tmp_path) == tmp_path / "10.ckpt"
 
 
 def test_what_cannot_be_resumed_is_passed_over(tmp_path):
