@@ -144,4 +144,5 @@ def main():
     Path(f"{args.out}/notes{trainer.global_rank}.json").write_text(json.dumps(notes))
 
 
-main()
+if __name__ == "__main__":
+    main()
