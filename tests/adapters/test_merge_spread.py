@@ -43,8 +43,7 @@ fold_in(alone, out / "good")
 model = network().to(dtype)
 mesh = init_device_mesh("cpu", (world,))
 if kind == "fsdp":
-    for module in (*model, model):
-        fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 else:
     parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
 before = {name: whole(value.detach()).clone() for name, value in model.named_parameters()}
