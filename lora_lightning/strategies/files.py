@@ -10,9 +10,11 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, async_plugin
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import Strategy
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
 
 from lora_lightning.adapters.files import atomic_save
 
@@ -43,6 +45,8 @@ def use_atomic_io(strategy: Strategy) -> None:
     while isinstance(outer, _WrappingCheckpointIO):
         if isinstance(outer, AsyncCheckpointIO):
             vars(outer)["remove_checkpoint"] = functools.partial(_remove_in_turn, outer)
+            if not hasattr(async_plugin, "_clone_tensor"):  # Lightning 2.5
+                vars(outer)["save_checkpoint"] = functools.partial(_save_a_copy, outer)
         if type(outer.checkpoint_io) is TorchCheckpointIO:
             outer._checkpoint_io = AtomicCheckpointIO()
         outer = outer.checkpoint_io
@@ -55,5 +59,12 @@ def _remove_in_turn(io: AsyncCheckpointIO, *args: Any, **kwargs: Any) -> None:
         if io._error is None and io.checkpoint_io is not None:
             io.checkpoint_io.remove_checkpoint(*args, **kwargs)
 
-    io._ensure_setup()
-    io._executor.submit(remove)  # type: ignore[union-attr]  # made by the line above; one thread, so in order
+    if (ensure_setup := getattr(io, "_ensure_setup", None)) is not None:  # Lightning 2.5 has its thread from the start
+        ensure_setup()
+    io._executor.submit(remove)  # type: ignore[union-attr]  # made by now; one thread, so in order
+
+
+def _save_a_copy(io: AsyncCheckpointIO, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+    """Save what the tensors are now, since training goes on and changes them while the other thread writes."""
+    copied = apply_to_collection(checkpoint, Tensor, lambda tensor: tensor.detach().clone())
+    type(io).save_checkpoint(io, copied, *args, **kwargs)

@@ -257,7 +257,8 @@ def test_an_exception_of_any_kind_in_the_first_process_is_one_in_all(tmp_path):
     ]
     said = [process.communicate(timeout=60)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
-    assert said[0].startswith("ValueError") and said[1].startswith("AdapterError")
+    assert said[0].startswith("ValueError")
+    assert said[1].startswith("AdapterError")
     assert all("null byte" in each for each in said)
 
 
