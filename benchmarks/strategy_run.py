@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -272,6 +273,11 @@ def main() -> None:
     torch.save({name: value.detach() for name, value in state.items()}, args.out / f"final-{rank}.pt")
     results["seconds"] = time.perf_counter() - started
     (args.out / f"figures-{rank}.json").write_text(json.dumps(results))
+    if torch.distributed.is_initialized():
+        # Threads of torch's process groups now and then abort a process on its way through the interpreter's end.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":

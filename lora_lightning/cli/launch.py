@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -36,6 +37,20 @@ def launch(config_name: str, job: Job, *, command: str | None = None) -> None:
         with told():
             check_command(sys.argv, config_name, command=command)
     hydra.main(version_base="1.3", config_path=CONFIGS, config_name=config_name)(_telling(job))()
+    _end_at_once_if_distributed()
+
+
+def _end_at_once_if_distributed() -> None:
+    """End a process of several here, where its work is done and told.
+
+    Threads of torch's process groups now and then abort a process on its way through the interpreter's own end, and a
+    run that has succeeded would look like one that has failed.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _telling(job: Job) -> Job:
