@@ -1,7 +1,7 @@
 """One training of a small transformer under one strategy, on CPU processes: what the tests and tables are made from.
 
-    python benchmarks/strategy_run.py --strategy fsdp2 --out /tmp/run --stop 6
-    python benchmarks/strategy_run.py --strategy ddp --out /tmp/other --stop 6 --ckpt /tmp/run/step=3.ckpt
+    python benchmarks/strategy_run.py --strategy fsdp2 --out out/fsdp2 --stop 6
+    python benchmarks/strategy_run.py --strategy ddp --out out/ddp --stop 6 --ckpt out/fsdp2/step=3.ckpt
 
 Every rank takes its share of the same batches, so that all strategies compute the same thing. It leaves in ``--out``
 the checkpoint of every step that ``--save`` names, the whole adapter after the last one (``final.pt``), the adapter

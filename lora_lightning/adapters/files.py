@@ -21,11 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lora_lightning.adapters.distributed import META
 from lora_lightning.errors import AdapterError
 
 MANIFEST = "checksums.json"  # of a checkpoint that is a folder; written last, so without it the folder is unfinished
 REPLACED = ".replaced"  # what a folder that is being replaced is called for a moment
-_OF_CHECKPOINTS = (MANIFEST, "meta.pt", ".metadata", "latest")  # ours, Lightning's, torch's, DeepSpeed's
+_OF_CHECKPOINTS = (MANIFEST, META, ".metadata", "latest")  # ours, Lightning's, torch's, DeepSpeed's
 _MARK = ".tmp-lora-"
 _TEMPORARY = re.compile(r"\..+\.tmp-lora-\w+")
 _SEAL = b"lora-lightning crc32 "  # and eight digits: the comment at the end of a zip archive that we wrote
@@ -79,11 +80,11 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             there before is as it was.
     """
     path = Path(path)
-    _refuse_other_folder(path)
     temporary = path.with_name(f".{path.name}{_MARK}folder")
     first = not _distributed() or dist.get_rank() == 0
 
     def prepare() -> None:
+        _refuse_other_folder(path)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
 

@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lora_lightning.adapters.distributed import META
 from lora_lightning.adapters.files import MANIFEST, REPLACED, damage_of
 from lora_lightning.adapters.zero import WHOLE, is_zero
-
-_META = "meta.pt"  # what a checkpoint that is a folder keeps besides its tensors
 
 
 class _Candidate(NamedTuple):
@@ -61,7 +60,7 @@ def _candidates(folder: Path, more: Iterable[Path]) -> list[Path]:
         path
         for path in [*found, *more]
         if path.name.removesuffix(REPLACED).endswith(".ckpt")
-        or any((path / name).exists() for name in (MANIFEST, _META))
+        or any((path / name).exists() for name in (MANIFEST, META))
     ]
 
 
@@ -76,7 +75,7 @@ def _facts_of(path: Path) -> dict[str, Any] | None:
 
 def _file_of(path: Path) -> Path:
     if path.is_dir():
-        return path / (WHOLE if is_zero(path) else _META)
+        return path / (WHOLE if is_zero(path) else META)
     return path
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lora_lightning.errors import AdapterError
+from lora_lightning.strategies.ranks import of_all_ranks
 
 _CHUNKS = 64
 
@@ -52,8 +53,7 @@ def differing(named: Mapping[str, Tensor], group: dist.ProcessGroup | None = Non
     comparable = {name: t for name, tensor in named.items() if (t := _own(tensor, ranks)) is not None}
     sums = [digest(tensor) for tensor in comparable.values()]
     mine = (list(comparable), torch.stack([s.cpu() for s in sums]).tolist() if sums else [])
-    everyone: list[tuple[list[str], list[int]]] = [mine] * len(ranks)
-    dist.all_gather_object(everyone, mine, group=group)
+    everyone = of_all_ranks(mine, group)
     for rank, (names, _) in zip(ranks, everyone, strict=True):
         if names != everyone[0][0]:
             odd = sorted(set(names) ^ set(everyone[0][0])) or names

@@ -8,10 +8,10 @@ from torch import nn
 
 from lora_lightning.errors import LoraConfigError
 from lora_lightning.injection.state import lora_state_dict
-from lora_lightning.strategies.state import AdapterState
+from lora_lightning.strategies.ddp import DdpState
 
 
-class ForkedState(AdapterState):
+class ForkedState(DdpState):
     """Sends the adapter, and nothing of the base, back to the process that called ``fit``.
 
     Lightning loads there what the trained module's ``state_dict`` gives, and passes over names that it does not find:
@@ -30,6 +30,7 @@ class ForkedState(AdapterState):
                 "them: call inject_lora(model, config) on the LightningModule before trainer.fit (LoraCallback() then "
                 "finds it there), or use strategy='ddp'"
             )
+        super().injected(target, by_callback=by_callback)
         vars(self.module)["state_dict"] = functools.partial(_adapter_only, self.module)
 
 

@@ -11,16 +11,13 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.optim import Optimizer
 
 from lora_lightning.injection.state import lora_layers
-from lora_lightning.injection.tensors import spread_like
 from lora_lightning.layers import LoraLayer
 from lora_lightning.layers.linear import LoraOverLinear
 from lora_lightning.optim.by_kind import step_by_kind
+from lora_lightning.strategies.parallelize import DATA, TENSOR
 from lora_lightning.strategies.quantised import check_quantised
 from lora_lightning.strategies.replicated import average_gradients, settle
 from lora_lightning.strategies.sharded import ShardedState
-
-# The names of Lightning's mesh.
-DATA, TENSOR = "data_parallel", "tensor_parallel"
 
 
 class ModelParallelState(ShardedState):
@@ -76,4 +73,4 @@ def _lay_out(layer: LoraLayer, name: str, mesh: DeviceMesh, placement: Placement
     like = DTensor.from_local(parameter.detach(), mesh, [Replicate()], run_check=False)
     if isinstance(placement, Shard):
         like = like.redistribute(placements=[placement])
-    setattr(layer, name, nn.Parameter(spread_like(like, like), requires_grad=parameter.requires_grad))
+    setattr(layer, name, nn.Parameter(like, requires_grad=parameter.requires_grad))

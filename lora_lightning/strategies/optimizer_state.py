@@ -22,7 +22,7 @@ def named_state(optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
     return {
         "state": {names[number]: values for number, values in state["state"].items()},
         "param_groups": [
-            {**_settings(group), "params": [names[number] for number in group["params"]]}
+            {**settings_of(group), "params": [names[number] for number in group["params"]]}
             for group in state["param_groups"]
         ],
     }
@@ -57,7 +57,7 @@ def _load(optimizer: Optimizer, saved: Mapping[str, Any], module: nn.Module, whi
         if name in saved["state"]
     }
     settings = [
-        {**_settings(there), **{key: here[key] for key in ("params", "param_names") if key in here}}
+        {**settings_of(there), **{key: here[key] for key in ("params", "param_names") if key in here}}
         for here, there in pairs
     ]
     optimizer.load_state_dict({"state": state, "param_groups": settings})
@@ -102,7 +102,8 @@ def _names(optimizer: Optimizer, module: nn.Module) -> list[str]:
     return [known.get(id(p), f"[{number}]") for number, p in enumerate(held)]
 
 
-def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What a parameter group says beside its parameters."""
     return {key: value for key, value in group.items() if key not in ("params", "param_names")}
 
 

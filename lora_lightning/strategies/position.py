@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lora_lightning.strategies import rng
 from lora_lightning.strategies.generators import Stream, generators_of, restore_generators
+from lora_lightning.strategies.ranks import of_all_ranks
 
 
 def attach_position(trainer: pl.Trainer) -> None:
@@ -98,7 +99,7 @@ class Positioned:
 
     def state_dict(self) -> dict[str, Any]:
         """The position of every process; all of them have to call it, as they do where a checkpoint is saved."""
-        return {"processes": _gather(self.position.now())}
+        return {"processes": of_all_ranks(self.position.now())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next iteration begin at a position; that of another process where there were fewer of them."""
@@ -326,11 +327,3 @@ class _Numbers:
 
 def _without_devices(state: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in state.items() if name != "cuda"}
-
-
-def _gather(mine: dict[str, Any]) -> list[dict[str, Any]]:
-    if not (dist.is_available() and dist.is_initialized()):
-        return [mine]
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone

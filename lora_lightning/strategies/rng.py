@@ -9,6 +9,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from lora_lightning.strategies.ranks import of_all_ranks
+
 
 def capture() -> dict[str, Any]:
     """The states of Python's, NumPy's, torch's and each CUDA device's generator in this process."""
@@ -43,11 +45,7 @@ def restore(state: dict[str, Any]) -> None:
 
 def gather() -> list[dict[str, Any]]:
     """Every rank's states in order of rank, on every rank; call it on all of them."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [capture()]
-    states: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(states, capture())
-    return states
+    return of_all_ranks(capture())
 
 
 def of_this_rank(states: list[dict[str, Any]] | None) -> dict[str, Any] | None:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -17,6 +16,7 @@ from lora_lightning.errors import AdapterError, LoraConfigError
 from lora_lightning.injection.state import injected_roots, record_of
 from lora_lightning.injection.tensors import whole
 from lora_lightning.optim.clip import clip_by_norm, clip_by_value
+from lora_lightning.strategies.ranks import of_all_ranks
 from lora_lightning.strategies.state import AdapterState
 
 
@@ -46,8 +46,7 @@ class ShardedState(AdapterState):
             LoraConfigError: If it did not.
         """
         mine = [record_of(root).seed for root in injected_roots(target).values()]
-        seeds: list[list[int]] = [[]] * self.strategy.world_size  # type: ignore[attr-defined]  # of a parallel strategy
-        dist.all_gather_object(seeds, mine)
+        seeds = of_all_ranks(mine)
         if any(each != mine for each in seeds):
             raise LoraConfigError(
                 f"inject_lora was called with other seeds on other processes ({seeds}), so that their adapters differ: "

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.errors import AdapterError
+from lora_lightning.strategies.optimizer_state import settings_of
 
 _LOSS_SCALER = "loss_scaler"
 
@@ -59,7 +60,7 @@ def named_state(zero: Any, named: Mapping[str, nn.Parameter]) -> dict[str, Any]:
                     else _copy(value)
                     for key, value in zero.state[flat].items()
                 }
-    settings = [{**_settings(g), "params": part} for g, part in zip(zero.param_groups, groups, strict=True)]
+    settings = [{**settings_of(g), "params": part} for g, part in zip(zero.param_groups, groups, strict=True)]
     return {"state": state, "param_groups": settings, _LOSS_SCALER: _numbers(zero.loss_scaler)}
 
 
@@ -121,7 +122,7 @@ def load_named_state(zero: Any, saved: Mapping[str, Any], named: Mapping[str, nn
             for key in (key for key, spread in shapes.items() if spread):
                 safe_set_full_optimizer_state(parameter, values[names[id(parameter)]][key].to(flat.device), key)
     for (_, group), settings in zip(groups, before, strict=True):
-        group.update(_settings(settings))
+        group.update(settings_of(settings))
     vars(zero.loss_scaler).update(saved.get(_LOSS_SCALER, {}))
 
 
@@ -152,10 +153,6 @@ def _is_spread(value: Any, flat: Tensor) -> bool:
 
 def _shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
-
-
-def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
 
 
 def _beside(value: Any, flat: Tensor, group: Mapping[str, Any]) -> Any:
