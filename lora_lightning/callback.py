@@ -15,13 +15,12 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lora_lightning.adapters import load_adapter, read_config
+from lora_lightning.adapters import load_adapter
 from lora_lightning.adapters.checkpoint import adapter_from_checkpoint, checkpoint_entry, facts_of
 from lora_lightning.adapters.folder import chain_of, check_finite, write_folder
-from lora_lightning.adapters.merge import fold_in
 from lora_lightning.config import LoraConfig
-from lora_lightning.errors import AdapterError, LoraConfigError, did_you_mean
-from lora_lightning.injection import LoraReport, check_config, freeze_rest, inject_lora, lora_parameters, report_of
+from lora_lightning.errors import AdapterError, LoraConfigError
+from lora_lightning.injection import LoraReport, freeze_rest, inject_lora, lora_parameters, report_of
 from lora_lightning.injection.inject import default_seed
 from lora_lightning.injection.state import (
     Injected,
@@ -39,16 +38,12 @@ from lora_lightning.strategies import AdapterState, hooks, rng, state_for
 from lora_lightning.strategies.averaging import attach_averaging, begin_averaging, detach_averaging
 from lora_lightning.strategies.broadcast import include_frozen
 from lora_lightning.strategies.checks import check_first_step, check_trainer
+from lora_lightning.strategies.chosen import config_for, fold_in_first, target_of
 from lora_lightning.strategies.position import attach_position, resume_position
-from lora_lightning.strategies.products import free_place, save_tokenizer
+from lora_lightning.strategies.products import free_place, local_folder, save_tokenizer
 from lora_lightning.strategies.unfreezing import count_held, freeze_again
 
 _STATE = "_lora_state"
-
-
-def balanced() -> LoraConfig:
-    """The config of a ``LoraCallback()`` without one: r=16, alpha 32, all linear layers, dropout 0.05."""
-    return LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05)
 
 
 class LoraCallback(pl.Callback):
@@ -68,8 +63,8 @@ class LoraCallback(pl.Callback):
         name: The adapter's name; two callbacks of one trainer need two.
         on_nonfinite: What to do when gradients are not finite: ``"stop"`` with an error, or ``"skip"`` the step.
         freeze_norm_stats: Keep the running statistics of normalisation layers (BatchNorm) in the frozen base as they
-            are, so that the adapter over the untouched base is all that training has made. False lets them move:
-            checkpoints hold them, an adapter folder does not.
+            are, so that the adapter over the untouched base is all that training has made. False lets them move;
+            checkpoints and adapter folders then hold them, and PEFT does not read them.
 
     Attributes:
         report: What was injected, a :class:`LoraReport`, once ``setup`` has run.
@@ -149,9 +144,9 @@ class LoraCallback(pl.Callback):
     def _inject(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         target = self._target(pl_module)
         fresh = not injected_roots(target)
-        config = self._config_for(target, pl_module)
+        config = config_for(target, pl_module, self.config, self.adapter)
         if self.base_adapter is not None:
-            self._fold_in(target, config, self.base_adapter)
+            fold_in_first(target, config, self.base_adapter)
         # One seed for all processes, whatever each has set for itself: adapters begin equal under every strategy.
         report = inject_lora(target, config, seed=trainer.strategy.broadcast(default_seed()))
         if fresh and self.base_adapter is not None:
@@ -180,47 +175,8 @@ class LoraCallback(pl.Callback):
                 logger.log_hyperparams(self.report.facts("" if self.name == "default" else f"{self.name}/"))
         freeze_again(trainer, pl_module)
 
-    def _fold_in(self, target: nn.Module, config: LoraConfig, folder: str) -> None:
-        roots = injected_roots(target)
-        if not roots:
-            check_config(target, config)  # before the base is changed
-            fold_in(target, folder)
-        elif folder not in record_of(next(iter(roots.values()))).bases:
-            raise LoraConfigError(
-                f"base_adapter={folder!r} has to be folded in before injection, and this model is injected already: "
-                "call load_adapter and merge_lora ahead of inject_lora, or leave injection to the callback"
-            )
-
     def _target(self, pl_module: pl.LightningModule) -> nn.Module:
-        if self.module is None:
-            return pl_module
-        try:
-            return pl_module.get_submodule(self.module)
-        except AttributeError:
-            names = [name for name, _ in pl_module.named_modules() if name and name.count(".") < 2]
-            raise LoraConfigError(
-                f"module={self.module!r}: {type(pl_module).__name__} has no such attribute"
-                f"{did_you_mean(self.module, names)}. It has {', '.join(names[:12]) or 'no modules'}"
-            ) from None
-
-    def _config_for(self, target: nn.Module, pl_module: pl.LightningModule) -> LoraConfig:
-        """The config to inject: ours, that of ``adapter``, that of the injected model, or the balanced one."""
-        earlier = injected_roots(target)
-        if self.config is None and earlier:
-            return record_of(next(iter(earlier.values()))).config
-        saved = None if self.adapter is None else read_config(target, self.adapter)
-        config = self.config or saved or balanced()
-        if self.config is not None and saved is not None:
-            _refuse_contradiction(self.config, saved, str(self.adapter))
-        task = getattr(pl_module, "lora_task_type", None)
-        if task is not None and config.task_type not in (None, task):
-            raise LoraConfigError(
-                f"task_type={config.task_type!r} contradicts {type(pl_module).__name__}, which trains {task!r}: "
-                f"leave task_type out, or choose the task that goes with it"
-            )
-        if task is not None and config.task_type is None:
-            config = LoraConfig.from_dict(config.to_dict() | {"task_type": task})
-        return config
+        return target_of(pl_module, self.module)
 
     def _tell(self, report: LoraReport) -> None:
         rank_zero_info(report.line())
@@ -234,6 +190,8 @@ class LoraCallback(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put adapted layers into train mode (a pretrained model comes in eval mode), and random states back."""
+        if not getattr(trainer, "fast_dev_run", False):
+            local_folder(trainer.log_dir or trainer.default_root_dir)  # refused now, not when training is over
         _state_of(trainer).begin_fit()
         target = self._target(pl_module)
         asleep = 0
@@ -321,7 +279,9 @@ class LoraCallback(pl.Callback):
             return
         place = self._write_adapter(trainer, pl_module, folder, state)
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-        if best and Path(best).exists():
+        if best and not Path(best).exists():
+            rank_zero_warn(f"the best checkpoint, {best}, is no local file: its adapter is not written beside it")
+        elif best:
             suffix = "" if self.name == "default" else f"-{self.name}"
             beside = free_place(Path(best).with_name(f"{Path(best).stem}-adapter{suffix}"))
             self.best_adapter_path = adapter_from_checkpoint(best, beside, name=self.name)
@@ -331,7 +291,7 @@ class LoraCallback(pl.Callback):
     def _write_adapter(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, folder: str, state: dict[str, Tensor]
     ) -> Path:
-        place = Path(folder) / "adapter"
+        place = local_folder(folder) / "adapter"
         place = free_place(place if self.name == "default" else place / self.name)
         self.adapter_path = write_folder(facts_of(self.checkpoint_entry(pl_module)), state, place)
         save_tokenizer(trainer, pl_module, place)
@@ -391,18 +351,6 @@ def _state_of(trainer: pl.Trainer) -> AdapterState:
     if _STATE not in known:
         known[_STATE] = state_for(trainer.strategy)
     return known[_STATE]
-
-
-def _refuse_contradiction(config: LoraConfig, saved: LoraConfig, folder: str) -> None:
-    """Which layers are meant is seen when the values are loaded: a saved config has them by other names."""
-    names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "rank_pattern", "alpha_pattern")
-    mine, theirs = config.to_dict(), saved.to_dict()
-    if differing := [f"{key}: {mine[key]!r} given, {theirs[key]!r} saved" for key in names if mine[key] != theirs[key]]:
-        raise LoraConfigError(
-            f"config contradicts the adapter in {folder}, which is to be continued:"
-            + "".join(f"\n  - {line}" for line in differing)
-            + "\nLeave config out to take the adapter's own."
-        )
 
 
 # ---- around hooks of the module

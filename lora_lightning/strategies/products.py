@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 
 import lightning.pytorch as pl
+from fsspec.implementations.local import LocalFileSystem
+from lightning.fabric.utilities.cloud_io import get_filesystem
 
 from lora_lightning.adapters.folder import WEIGHTS_FILE
+from lora_lightning.errors import AdapterError
+
+
+def local_folder(folder: str) -> Path:
+    """A folder as a path of this machine.
+
+    Raises:
+        AdapterError: If it is somewhere else (``s3://…``), where an adapter's files cannot be put together.
+    """
+    if not isinstance(files := get_filesystem(folder), LocalFileSystem):
+        raise AdapterError(
+            f"the adapter cannot be written to {folder}, which is remote: give the logger a local folder, or the "
+            "Trainer a local default_root_dir (checkpoints may be remote by ModelCheckpoint(dirpath=…))"
+        )
+    return Path(files._strip_protocol(os.fspath(folder)))
 
 
 def free_place(path: Path) -> Path:

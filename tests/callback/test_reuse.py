@@ -1,10 +1,12 @@
 """Callbacks, strategies and modules that are used again."""
 
+import pytest
 import torch
 from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from lora_lightning import LoraCallback, LoraConfig, inject_lora, load_from_checkpoint
+from lora_lightning import AdapterError, LoraCallback, LoraConfig, inject_lora, load_from_checkpoint
 from lora_lightning.adapters import read_config
 
 
@@ -41,3 +43,18 @@ def test_frozen_statistics_stay_when_a_hook_calls_train(module_class, make_train
     restored = load_from_checkpoint(Trains, trainer.checkpoint_callback.best_model_path)
     x = torch.randn(4, 8)
     torch.testing.assert_close(restored.net(x), module.eval().net(x))
+
+
+def test_a_remote_log_folder_is_refused_before_training(module_class, make_trainer):
+    module = module_class()
+    with pytest.raises(AdapterError, match="memory://bucket/run, which is remote"):
+        make_trainer(LoraCallback(LoraConfig(r=2)), default_root_dir="memory://bucket/run").fit(module)
+    assert module.net[0].lora_B.abs().sum() == 0
+
+
+def test_a_best_checkpoint_that_is_remote_has_no_adapter_beside_it_and_a_word_about_it(module_class, make_trainer):
+    callback = LoraCallback(LoraConfig(r=2))
+    with pytest.warns(UserWarning, match="is no local file: its adapter is not written"):
+        make_trainer(callback, ModelCheckpoint("memory://bucket/checkpoints")).fit(module_class())
+    assert callback.adapter_path.is_dir()
+    assert callback.best_adapter_path is None
