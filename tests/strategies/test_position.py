@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 
 from lora_lightning import LoraCallback, LoraConfig, lora_state_dict
 
@@ -31,11 +31,6 @@ class Augmented(Dataset):
         return (_rows()[i] + torch.randn(8),)
 
 
-class Stream(IterableDataset):
-    def __iter__(self):
-        yield from ((row,) for row in _rows())
-
-
 class Subclass(DataLoader):
     """Somebody's own loader class."""
 
@@ -46,23 +41,13 @@ def _shuffled(**options):
 
 LOADERS = {
     "in order": lambda: DataLoader(TensorDataset(_rows()), batch_size=4),
-    "shuffled": _shuffled,
     "dropping the last": lambda: _shuffled(drop_last=True),
-    "own generator": lambda: _shuffled(generator=torch.Generator().manual_seed(3)),
     "two workers": lambda: _shuffled(num_workers=2),
     "augmented": lambda: DataLoader(Augmented(), batch_size=4, shuffle=True),
-    "augmented by workers": lambda: DataLoader(Augmented(), batch_size=4, shuffle=True, num_workers=2),
-    "sampler": lambda: DataLoader(
-        TensorDataset(_rows()),
-        batch_size=4,
-        sampler=RandomSampler(range(ROWS), replacement=True, generator=torch.Generator().manual_seed(8)),
-    ),
     "batch sampler": lambda: DataLoader(
         TensorDataset(_rows()), batch_sampler=BatchSampler(RandomSampler(range(ROWS)), 4, drop_last=False)
     ),
-    "stream": lambda: DataLoader(Stream(), batch_size=4),
     "subclass": lambda: Subclass(TensorDataset(_rows()), batch_size=4, shuffle=True),
-    "two loaders": lambda: {"a": _shuffled(), "b": DataLoader(TensorDataset(_rows()), batch_size=6, shuffle=True)},
 }
 
 
@@ -106,11 +91,8 @@ def _fit(folder, make, *, steps, every, ckpt=None, **options):
 
 
 @pytest.mark.filterwarnings("ignore:.*num_workers.*", "ignore:.*workers.*")
-@pytest.mark.parametrize("name", LOADERS)
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("name", "accumulate"), [*((name, 1) for name in LOADERS), ("augmented", 2), ("in order", 2)])
 def test_every_checkpoint_goes_on_as_if_nothing_had_been(tmp_path, name, accumulate):
-    if "workers" in name and accumulate == 2:
-        pytest.skip("processes cost seconds, and accumulation has nothing to do with them")
     options = {"steps": 8 // accumulate, "every": 2 // accumulate, "accumulate_grad_batches": accumulate}
     seen, whole = _fit(tmp_path / "whole", LOADERS[name], **options)
     checkpoints = sorted((tmp_path / "whole").glob("step=*.ckpt"))
@@ -124,7 +106,7 @@ def test_every_checkpoint_goes_on_as_if_nothing_had_been(tmp_path, name, accumul
 
 
 def test_a_run_resumed_twice(tmp_path):
-    make = LOADERS["shuffled"]
+    make = _shuffled
     seen, whole = _fit(tmp_path / "a", make, steps=9, every=2)
     _fit(tmp_path / "b", make, steps=4, every=1, ckpt=tmp_path / "a" / "step=2.ckpt")
     again, state = _fit(tmp_path / "c", make, steps=9, every=100, ckpt=tmp_path / "b" / "step=4.ckpt")
