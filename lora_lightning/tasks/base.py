@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from lora_lightning.errors import LoraConfigError
 from lora_lightning.injection.inject import default_seed
+from lora_lightning.strategies import window
 from lora_lightning.strategies.parallelize import shard
-from lora_lightning.strategies.zero_optimizer import scale_gradients
 from lora_lightning.tasks.loss import LossSum
 from lora_lightning.tasks.model import fill_model
 from lora_lightning.tasks.model_config import ModelConfig
@@ -130,21 +130,12 @@ class Task(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Divide the gradients by the count of the window; clipping comes after this."""
-        engine = getattr(self.trainer.strategy, "deepspeed_engine", None)
-        # DeepSpeed's step is called for every batch, and keeps the gradients.
-        if self._window is None or (engine is not None and not engine.is_gradient_accumulation_boundary()):
+        if self._window is None or not window.is_full(self.trainer.strategy):
             return
         total, count, tokens = self.trainer.strategy.reduce(self._window, reduce_op="sum")
         self._window = None
         count = count.clamp(min=1)  # a window in which every label is masked: its gradients are zero, and stay so
-        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        # Of a spread gradient this process's part: an operation on several tensors takes no mixture of kinds.
-        parts = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients]
-        if engine is not None:
-            scale_gradients(engine.optimizer, _REFERENCE / count)
-        elif parts:
-            torch._foreach_mul_(parts, _REFERENCE / count)
+        window.scale_gradients(self.trainer.strategy, optimizer, _REFERENCE / count)
         # Processes that hold parts of one layer have all seen the same rows, which are to be counted once.
         shares = (self.trainer.distributed_sampler_kwargs or {}).get("num_replicas", self.trainer.world_size)
         self._throughput.add(tokens * (shares / self.trainer.world_size))
