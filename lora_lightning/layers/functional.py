@@ -1,17 +1,36 @@
 """The mathematics of a low-rank update, as pure functions of tensors.
 
 Shapes: ``T`` tokens (all leading dimensions of an input taken together), ``in``/``out`` the sides of the weight, ``r``
-the rank. Source of the update: LoRA, arXiv 2106.09685, section 4.1.
+the rank, ``R`` the ranks of all layers on one input taken together. Source of the update: LoRA, arXiv 2106.09685,
+section 4.1.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from lora_lightning.layers.dropout import add_product, draw, without
+
+
+class Adapted(NamedTuple):
+    """The tensors of one adapted linear layer."""
+
+    weight: Tensor
+    """``(out, in)``."""
+    bias: Tensor | None
+    """``(out,)``."""
+    a: Tensor
+    """``(r, in)``."""
+    b: Tensor
+    """``(out, r)``."""
+    scaling: float
+    """The scale ``s``."""
 
 
 def lora_linear(
@@ -23,7 +42,7 @@ def lora_linear(
     scaling: float,
     dropout: float = 0.0,
 ) -> Tensor:
-    """``y = x Wᵀ + b + s · (drop(x) Aᵀ) Bᵀ``, with one temporary of the output's size instead of three.
+    """``y = x Wᵀ + b + s · (drop(x) Aᵀ) Bᵀ``.
 
     Everything is computed in the dtype of ``x`` (autocast's where it is on); gradients arrive in the parameters' own.
 
@@ -39,15 +58,31 @@ def lora_linear(
     Returns:
         ``(..., out)``.
     """
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-    if all(type(tensor) in _PLAIN for tensor in (x, weight, lora_a, lora_b)):
-        return _LoraLinear.apply(x, weight, bias, lora_a, lora_b, scaling, dropout)[0]
-    # Tensor subclasses (DTensor, quantised weights) bring operations of their own: leave the composition to them.
-    return F.linear(x, weight, bias) + low_rank(x, lora_a, lora_b, scaling, dropout)
+    return lora_linears(x, [Adapted(weight, bias, lora_a, lora_b, scaling)], dropout)[0]
+
+
+def lora_linears(x: Tensor, layers: Sequence[Adapted], dropout: float = 0.0) -> tuple[Tensor, ...]:
+    """What several adapted layers make of one input, which is kept once and multiplied by their ``A`` at once.
+
+    They share one draw of the dropout.
+
+    Args:
+        x: Input, ``(..., in)``.
+        layers: The layers' tensors.
+        dropout: Probability of dropping an element of ``x`` on its way to the ``A``; 0 outside training.
+
+    Returns:
+        ``(..., out)`` for each layer.
+    """
+    x, layers = in_one_dtype(x, layers)
+    if written_out(x, layers):
+        tensors = [tensor for layer in layers for tensor in layer[:4]]
+        return _LoraLinears.apply(x, dropout, tuple(layer.scaling for layer in layers), *tensors)
+    # Tensor subclasses (DTensor, quantised weights) and torch.func bring operations of their own: composed, each works.
+    return tuple(
+        F.linear(x, layer.weight, layer.bias) + low_rank(x, layer.a, layer.b, layer.scaling, dropout)
+        for layer in layers
+    )
 
 
 def low_rank(x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dropout: float = 0.0) -> Tensor:
@@ -55,96 +90,205 @@ def low_rank(x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dropout:
     return F.linear(F.linear(F.dropout(x, dropout), lora_a), lora_b) * scaling
 
 
-def keep_mask(x: Tensor, dropout: float) -> Tensor:
-    """Which elements of ``x`` survive dropout: bool of its shape, drawn from torch's generator for its device.
+def in_one_dtype(x: Tensor, layers: Sequence[Adapted]) -> tuple[Tensor, list[Adapted]]:
+    """Input and layers in the dtype of the arithmetic: autocast's where it is on, else the input's for the adapters."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        x = x.to(dtype)
+        layers = [layer._replace(weight=layer.weight.to(dtype), bias=_to(layer.bias, dtype)) for layer in layers]
+    dtype = x.dtype
+    return x, [layer._replace(a=layer.a.to(dtype), b=layer.b.to(dtype)) for layer in layers]
 
-    On the CPU, four elements share one draw of 64 bits, so that a probability is a multiple of 2⁻¹⁶ (see
-    :func:`kept_share`); drawing each element by itself takes several times as long as the layer it serves.
+
+def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
+
+
+def written_out(x: Tensor, layers: Sequence[Adapted]) -> bool:
+    """Whether all are plain tensors, for which gradients are written out here."""
+    return (
+        type(x) in PLAIN
+        and all(type(tensor) in PLAIN for layer in layers for tensor in (layer.weight, layer.a, layer.b))
+        and not transformed()
+    )
+
+
+def transformed() -> bool:
+    """Whether ``torch.func`` (``grad``, ``vmap``, ``jvp`` …) is at work, which wants operations it knows."""
+    return torch._C._are_functorch_transforms_active()
+
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def forward_of(
+    x: Tensor, dropout: float, layers: Sequence[Adapted]
+) -> tuple[list[Tensor], Tensor | None, tuple[Tensor, ...]]:
+    """``y = x Wᵀ + b + s/(1-p) · (kept(x) Aᵀ) Bᵀ`` of each layer.
+
+    Args:
+        x: ``(T, in)``.
+        dropout: The probability ``p``.
+        layers: Tensors of one dtype.
+
+    Returns:
+        Outputs, ``(T, out)`` each; what was dropped; and ``kept(x) Aᵀ`` of each layer, ``(T, r)`` each, unscaled.
     """
-    if x.device.type != "cpu":
-        return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout)
-    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    return (words.view(torch.int16)[: x.numel()] >= round(dropout * 2**16) - 2**15).view(x.shape)
+    dropped = draw(x, dropout) if dropout else None
+    kept = x if dropped is None else without(x, dropped)
+    xa = (kept @ _side_by_side(layers).t()).split([len(layer.a) for layer in layers], dim=1)
+    outs = [
+        F.linear(x, layer.weight, layer.bias).addmm_(part, layer.b.t(), alpha=layer.scaling / (1 - dropout))
+        for layer, part in zip(layers, xa, strict=True)
+    ]
+    return outs, dropped, xa
 
 
-def kept_share(x: Tensor, dropout: float) -> float:
-    """The probability with which :func:`keep_mask` keeps an element."""
-    return 1 - dropout if x.device.type != "cpu" else 1 - round(dropout * 2**16) / 2**16
+class Needs(NamedTuple):
+    """Which gradients of one layer are wanted."""
+
+    weight: bool
+    bias: bool
+    a: bool
+    b: bool
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+def backward_of(
+    dys: Sequence[Tensor | None],
+    x: Tensor,
+    dropped: Tensor | None,
+    xa: Sequence[Tensor],
+    dropout: float,
+    layers: Sequence[Adapted],
+    needs_x: bool,
+    needs: Sequence[Needs],
+) -> tuple[Tensor | None, list[tuple[Tensor | None, ...]]]:
+    """Gradients of :func:`forward_of`.
 
+    With ``k = s/(1-p)`` and ``g = k · dy B``: ``dA = gᵀ kept(x)``, ``dB = k · dyᵀ (kept(x) Aᵀ)``,
+    ``dx = dy W + kept'(g A)``.
 
-class _LoraLinear(torch.autograd.Function):
-    """Forward and backward of an adapted linear layer, written out.
+    Args:
+        dys: ``(T, out)`` each; None where a layer's output was not used.
+        x: ``(T, in)``; not looked at where no weight and no ``A`` wants a gradient.
+        dropped: As it was drawn.
+        xa: ``kept(x) Aᵀ`` of each layer, ``(T, r)``.
+        dropout: The probability ``p``.
+        layers: As forward.
+        needs_x: Whether ``dx`` is wanted.
+        needs: What else is wanted, for each layer.
 
-    With ``g = s · dy B``: ``dA = gᵀ drop(x)``, ``dB = s · dyᵀ (drop(x) Aᵀ)``, ``dx = dy W + drop'(g A)``. The input is
-    saved once, with a mask of one byte an element where there is dropout; the dropped-out input is made again.
+    Returns:
+        ``dx``, ``(T, in)``, and for each layer the gradients of weight, bias, ``A`` and ``B``.
     """
+    used = [place for place, dy in enumerate(dys) if dy is not None]
+    grads: list[tuple[Tensor | None, ...]] = [(None,) * 4 for _ in layers]
+    if not used:
+        return None, grads
+    wants_a = any(needs[place].a for place in used)
+    gs: list[Tensor] = []
+    dx: Tensor | None = None
+    for place in used:
+        layer, dy = layers[place], dys[place]
+        assert dy is not None
+        scale = layer.scaling / (1 - dropout)
+        if needs_x or wants_a:
+            g = dy @ layer.b  # (T, r)
+            gs.append(g if scale == 1 else g.mul_(scale))
+        if needs_x:
+            dx = dy @ layer.weight if dx is None else dx.addmm_(dy, layer.weight)
+        grads[place] = (
+            dy.t() @ x if needs[place].weight else None,
+            dy.sum(0) if needs[place].bias else None,
+            None,
+            # (r, T) @ (T, out) runs row-major over the long side: 2 to 4 times faster than its transpose at small r.
+            (xa[place].t() @ dy).mul_(scale).t() if needs[place].b else None,
+        )
+    if not gs:
+        return dx, grads
+    g = gs[0] if len(gs) == 1 else torch.cat(gs, dim=1)  # (T, R)
+    if dx is not None:
+        add_product(dx, g, _side_by_side([layers[place] for place in used]), dropped)
+    if wants_a:
+        da = g.t() @ (x if dropped is None else without(x, dropped))  # (R, in)
+        for place, part in zip(used, da.split([len(layers[place].a) for place in used]), strict=True):
+            weight, bias, _, b = grads[place]
+            grads[place] = (weight, bias, part if needs[place].a else None, b)
+    return dx, grads
+
+
+def _side_by_side(layers: Sequence[Adapted]) -> Tensor:
+    """``(R, in)``."""
+    return layers[0].a if len(layers) == 1 else torch.cat([layer.a for layer in layers])
+
+
+def saved(layers: Sequence[Adapted], needs_x: bool, needs: Sequence[Needs]) -> list[Tensor | None]:
+    """What backward will look at: four places a layer; a frozen weight is needed for ``dx`` only, a bias not at all."""
+    wants_a = any(need.a for need in needs)
+    return [
+        tensor
+        for layer in layers
+        for tensor in (
+            layer.weight if needs_x else None,
+            None,
+            layer.a if needs_x or wants_a else None,
+            layer.b if needs_x or wants_a else None,
+        )
+    ]
+
+
+def grouped(tensors: Sequence[Any], scalings: Sequence[float]) -> list[Adapted]:
+    """Layers again, from a flat list of weight, bias, ``A`` and ``B`` of each."""
+    return [Adapted(*tensors[4 * place : 4 * place + 4], scaling) for place, scaling in enumerate(scalings)]
+
+
+def needs_of(wanted: Sequence[bool]) -> list[Needs]:
+    """What is wanted of each layer, from the flat list that autograd gives."""
+    return [Needs(*wanted[place : place + 4]) for place in range(0, len(wanted), 4)]
+
+
+class _LoraLinears(torch.autograd.Function):
+    """Adapted linear layers on one input. It is saved once, and its dropped-out copy is made again in backward."""
 
     @staticmethod
     def forward(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        scaling: float,
-        dropout: float,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        ctx: Any, x: Tensor, dropout: float, scalings: tuple[float, ...], *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        layers = grouped(tensors, scalings)
         x_flat = x.reshape(-1, x.shape[-1])  # (T, in)
-        mask = keep_mask(x_flat, dropout) if dropout else None
-        kept = x_flat if mask is None else torch.where(mask, x_flat, 0)
-        xa = kept @ lora_a.t()  # (T, r)
-        if mask is not None:
-            xa /= kept_share(x, dropout)
-        y = F.linear(x_flat, weight, bias).addmm_(xa, lora_b.t(), alpha=scaling)  # (T, out)
-        return y.view(*x.shape[:-1], y.shape[-1]), xa, mask
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor | None]) -> None:
-        x, weight, bias, lora_a, lora_b, ctx.scaling, ctx.dropout = inputs
-        _, xa, mask = output
-        ctx.mark_non_differentiable(*([xa] if mask is None else [xa, mask]))
-        ctx.has_bias = bias is not None
-        # A frozen weight is needed for dx only, the input for dW and dA only: what is not needed is not kept alive.
-        needs_x, needs_w, _, needs_a, needs_b = ctx.needs_input_grad[:5]
+        outs, dropped, xa = forward_of(x_flat, dropout, layers)
+        needs_x, needs = ctx.needs_input_grad[0], needs_of(ctx.needs_input_grad[3:])
+        ctx.set_materialize_grads(False)
+        ctx.dropout, ctx.scalings, ctx.leading = dropout, scalings, x.shape[:-1]
+        wants_x = any(need.weight or need.a for need in needs)
         ctx.save_for_backward(
-            x if needs_w or needs_a else None,
-            weight if needs_x else None,
-            lora_a if needs_x else None,
-            lora_b if needs_x or needs_a else None,
-            xa if needs_b else None,
-            mask if needs_x or needs_a else None,
+            x if wants_x else None,
+            dropped if wants_x or needs_x else None,
+            *(part if need.b else None for part, need in zip(xa, needs, strict=True)),
+            *saved(layers, needs_x, needs),
         )
+        return tuple(out.view(*x.shape[:-1], out.shape[-1]) for out in outs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, lora_a, lora_b, xa, mask = ctx.saved_tensors
-        needs_x, needs_w, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:5]
-        dx = dw = dbias = da = db = None
-        dy_flat = dy.reshape(-1, dy.shape[-1])  # (T, out)
-        share = 1.0 if mask is None else kept_share(dy, ctx.dropout)
-        if needs_x or needs_a:
-            g = ctx.scaling * (dy_flat @ lora_b)  # (T, r)
-        if needs_x:
-            dx = dy_flat @ weight  # (T, in)
-            if mask is None:
-                dx.addmm_(g, lora_a)
-            else:
-                dx.add_(torch.where(mask, g @ lora_a, 0), alpha=1 / share)
-            dx = dx.view(*dy.shape[:-1], dx.shape[-1])
-        if needs_a or needs_w:
-            x_flat = x.reshape(-1, x.shape[-1])
-        if needs_a:
-            kept = x_flat if mask is None else torch.where(mask, x_flat, 0)
-            da = (g.t() / share) @ kept  # (r, in)
-        if needs_b:
-            # (r, T) @ (T, out) runs row-major over the long side: 2 to 4 times faster than its transpose at small r.
-            db = (ctx.scaling * (xa.t() @ dy_flat)).t()  # (out, r)
-        if needs_w:
-            dw = dy_flat.t() @ x_flat
-        if ctx.has_bias and needs_bias:
-            dbias = dy_flat.sum(0)
-        return dx, dw, dbias, da, db, None, None
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
+        x, dropped, *rest = ctx.saved_tensors
+        count = len(ctx.scalings)
+        layers = grouped(rest[count:], ctx.scalings)
+        dx, grads = backward_of(
+            [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys],
+            x if x is None else x.reshape(-1, x.shape[-1]),
+            dropped,
+            rest[:count],
+            ctx.dropout,
+            layers,
+            ctx.needs_input_grad[0],
+            needs_of(ctx.needs_input_grad[3:]),
+        )
+        return (
+            dx if dx is None else dx.view(*ctx.leading, dx.shape[-1]),
+            None,
+            None,
+            *(grad for layer in grads for grad in layer),
+        )

@@ -7,7 +7,8 @@ from typing import ClassVar, cast
 from torch import Tensor, nn
 
 from lora_lightning.layers.base import LoraLayer
-from lora_lightning.layers.functional import lora_linear, low_rank
+from lora_lightning.layers.functional import Adapted, lora_linears, low_rank
+from lora_lightning.layers.group import LoraGroup
 
 
 class LoraOverLinear(LoraLayer):
@@ -33,11 +34,23 @@ class LoraOverLinear(LoraLayer):
 
 
 class LoraLinear(LoraOverLinear, nn.Linear):
-    """``nn.Linear`` with a low-rank update, ``y = x Wᵀ + b + s · (drop(x) Aᵀ) Bᵀ``."""
+    """``nn.Linear`` with a low-rank update, ``y = x Wᵀ + b + s · (drop(x) Aᵀ) Bᵀ``.
+
+    Attributes:
+        lora_group: The layers that its parent calls on the same input, with which it shares work; often none.
+    """
+
+    lora_group: LoraGroup | None = None
+
+    @property
+    def lora_tensors(self) -> Adapted:
+        """What the arithmetic needs of the layer."""
+        return Adapted(self.weight, self.bias, self.lora_A, self.lora_B, self.lora_scaling)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # as nn.Linear's
         """``(..., in) -> (..., out)``."""
         if not self.lora_enabled:
             return nn.Linear.forward(self, x)
-        dropout = self._active_dropout
-        return lora_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, self.lora_scaling, dropout)
+        if self.lora_group is not None:
+            return self.lora_group.output(self, x)
+        return lora_linears(x, [self.lora_tensors], self._active_dropout)[0]

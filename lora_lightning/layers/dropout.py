@@ -1,0 +1,72 @@
+"""Dropout on the way to ``A``: which elements of an input are left out, held in as few bytes as can be.
+
+Every element is left out with probability ``p``, independently of all others. On the CPU, where ``p`` is small, what is
+drawn are the distances from one dropped element to the next (which are geometric), so that the work and the memory are
+those of the dropped elements and not of all. Elsewhere a mask of a byte an element says which are dropped. Either way
+the draw hangs on torch's generator alone, so that activation checkpointing repeats it.
+
+Shapes: ``T`` tokens, ``in`` features; ``x`` is ``(T, in)`` and ``dropped`` either places in its flattened form, ``(n,)``
+int64, or a mask, ``(T, in)`` bool.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_FEW = 0.125  # a place takes 8 bytes, an element of a mask 1
+
+
+def draw(x: Tensor, p: float) -> Tensor:
+    """Which elements of ``x``, ``(T, in)``, are dropped, each with probability ``p``."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(p)
+    if p <= _FEW and type(x) is Tensor:
+        return _places(x.numel(), p)
+    # Four elements share one draw of 64 bits, so that p is a multiple of 2⁻¹⁶: several times as fast as bernoulli_.
+    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    return (words.view(torch.int16)[: x.numel()] < round(p * 2**16) - 2**15).view(x.shape)
+
+
+def without(x: Tensor, dropped: Tensor) -> Tensor:
+    """A copy of ``x``, ``(T, in)``, with zeros for what is dropped; what is kept is not scaled."""
+    if dropped.dtype == torch.bool:
+        return x.masked_fill(dropped, 0) if x.device.type != "cpu" else torch.where(dropped, 0, x)
+    kept = x.clone(memory_format=torch.contiguous_format)
+    kept.view(-1).index_fill_(0, dropped, 0)
+    return kept
+
+
+def add_product(dx: Tensor, g: Tensor, a: Tensor, dropped: Tensor | None) -> None:
+    """Add ``g A`` to ``dx``, ``(T, in)``, in place, but for what is dropped; ``g`` is ``(T, r)``, ``a`` ``(r, in)``."""
+    if dropped is None:
+        dx.addmm_(g, a)
+    elif dropped.dtype == torch.bool:
+        dx.add_((g @ a).masked_fill_(dropped, 0) if dx.device.type != "cpu" else torch.where(dropped, 0, g @ a))
+    else:
+        flat = dx.view(-1)
+        before = flat[dropped]
+        dx.addmm_(g, a)
+        flat[dropped] = before
+
+
+def _places(n: int, p: float) -> Tensor:
+    """Increasing places among ``n``, each there with probability ``p``."""
+    random = np.random.Generator(np.random.SFC64(int(torch.empty((), dtype=torch.int64).random_())))
+    rate = -1 / math.log1p(-p)  # an exponential variable with this mean, rounded down, is geometric
+    found: list[np.ndarray] = []
+    last = -1
+    while last < n:
+        expected = (n - last) * p
+        gaps = random.standard_exponential(int(expected + 6 * math.sqrt(expected)) + 8, dtype=np.float32)
+        gaps *= rate
+        places = gaps.astype(np.int64)
+        places += 1
+        places[0] += last
+        found.append(np.cumsum(places, out=places))
+        last = int(places[-1])
+    places = found[0] if len(found) == 1 else np.concatenate(found)
+    return torch.from_numpy(places[: np.searchsorted(places, n)])
