@@ -12,28 +12,33 @@ from lora_lightning.injection.targets import output_embeddings
 from lora_lightning.layers import LoraLayer
 
 
-def frozen_heads(model: nn.Module, root: nn.Module, in_full: Iterable[nn.Module]) -> tuple[str, ...]:
-    """Modules that look meant to train although the config does not name them, as ``modules_to_save`` would.
+def meant_to_train(
+    model: nn.Module, root: nn.Module, in_full: Iterable[nn.Module]
+) -> tuple[tuple[str, ...], dict[str, nn.Parameter]]:
+    """What looks meant to train although the config does not name it, as ``modules_to_save`` would.
 
-    In a model that is trainable as a whole these are the modules beside the transformers backbone: a fresh head, or
-    layers of the LightningModule around it. In one that was frozen in part, all that was left trainable.
+    In a model that is trainable as a whole this is what lies beside the transformers backbone: a fresh head, or layers
+    of the LightningModule around it. In one that was frozen in part, all that was left trainable.
+
+    Returns:
+        Names of modules, and trainable parameters that lie in no module that could be named, by canonical name: they
+        are held directly by a module that holds others too, such as the LightningModule around a network, so that
+        ``modules_to_save`` would train those others with them.
     """
-    known = _parts(output_embeddings(root)).union(_network(root), *map(_parts, in_full))
+    network = _network(root)
+    known = _parts(output_embeddings(root)).union(network, *map(_parts, in_full))
     found = _topmost(root, known)
     if root is not model:
         found += _topmost(model, known | _parts(root))
-    return tuple(dict.fromkeys(found))
+    heads = tuple(dict.fromkeys(found))
+    return heads, _bare_parameters(model, root, network, heads)
 
 
-def bare_parameters(model: nn.Module, root: nn.Module, heads: Iterable[str]) -> dict[str, nn.Parameter]:
-    """Trainable parameters that look meant to train but lie in no module that could be named, by canonical name.
-
-    They are held directly by a module that holds others too, such as the LightningModule around a network, so that
-    ``modules_to_save`` would train those others with them.
-    """
-    network = _network(root)
+def _bare_parameters(
+    model: nn.Module, root: nn.Module, network: set[int], heads: Iterable[str]
+) -> dict[str, nn.Parameter]:
     if callable(getattr(root, "training_step", None)):
-        network.discard(id(root))  # a LightningModule is never itself the pretrained network
+        network = network - {id(root)}  # a LightningModule is never itself the pretrained network
     outer = tuple(f"{name}." for name in heads)
     return {
         f"{name}.{local}".removeprefix("."): parameter
@@ -51,7 +56,7 @@ def warn_of_bare(parameters: Mapping[str, nn.Parameter]) -> None:
             f"LoRA froze {', '.join(frozen)}, held by no module of its own, so that modules_to_save cannot name it. To "
             "train such a parameter and save it with the adapter, put it into an nn.ParameterDict (or an nn.Module of "
             "its own) and name that in modules_to_save",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -68,12 +73,20 @@ def _parts(module: nn.Module | None) -> set[int]:
 
 def _topmost(model: nn.Module, known: set[int]) -> list[str]:
     """Outermost modules with trainable, not yet adapted parameters, none of whose parts is known."""
+    verdicts: dict[int, bool] = {}
+
+    def fresh(module: nn.Module) -> bool:
+        if id(module) not in verdicts:
+            own = id(module) not in known and not isinstance(module, LoraLayer)
+            verdicts[id(module)] = own and all(fresh(child) for child in module.children())
+        return verdicts[id(module)]
+
     found: list[str] = []
+    inside: tuple[str, ...] = ()
     for name, module in canonical_modules(model):
-        if not name or any(name.startswith(f"{outer}.") for outer in found):
+        if not name or name.startswith(inside) or not fresh(module):
             continue
-        parts = list(module.modules())
-        fresh = not any(id(part) in known or isinstance(part, LoraLayer) for part in parts)
-        if fresh and (parameters := list(module.parameters())) and all(p.requires_grad for p in parameters):
+        if (parameters := list(module.parameters())) and all(p.requires_grad for p in parameters):
             found.append(name)
+            inside += (f"{name}.",)
     return found

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from lora_lightning.layers import LoraLayer
 from lora_lightning.layers.embedding import LoraOverEmbedding
@@ -29,10 +29,13 @@ def initialise(layer: LoraLayer, how: bool | str, generator: Generator) -> None:
     """Fill ``lora_A`` and ``lora_B`` as ``init_lora_weights`` says; on the meta device there is nothing to fill."""
     if layer.lora_A.is_meta:
         return
-    a, b = INITIALISERS[how](layer, generator)
-    with torch.no_grad():
-        layer.lora_A.copy_(a)
-        layer.lora_B.copy_(b)
+    values = INITIALISERS[how](layer, generator)
+    for parameter, value in zip((layer.lora_A, layer.lora_B), values, strict=True):
+        if type(parameter) is nn.Parameter and parameter.device == value.device and parameter.dtype == value.dtype:
+            parameter.data = value.contiguous()  # as drawn, without a copy
+        else:
+            with torch.no_grad():
+                parameter.copy_(value)
 
 
 def _default(layer: LoraLayer, generator: Generator) -> tuple[Tensor, Tensor]:
@@ -76,7 +79,7 @@ def _normal(shape: tuple[int, ...], generator: Generator) -> Tensor:
 
 def _uniform(shape: tuple[int, ...], generator: Generator) -> Tensor:
     drawn = torch.rand(shape, generator=generator, device="cpu", dtype=torch.float32)
-    return (drawn * 2 - 1) / math.sqrt(shape[1])
+    return drawn.mul_(2).sub_(1).div_(math.sqrt(shape[1]))
 
 
 INITIALISERS: dict[bool | str, Callable[[LoraLayer, Generator], tuple[Tensor, Tensor]]] = {

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import LoraConfigError
-from lora_lightning.injection.frozen import bare_parameters, frozen_heads, warn_of_bare
+from lora_lightning.injection.frozen import meant_to_train, warn_of_bare
 from lora_lightning.injection.initialise import generator_for, initialise
-from lora_lightning.injection.names import canonical_modules, find_root, unwrap
+from lora_lightning.injection.names import canonical_modules, find_root, unwrap, walked_once
 from lora_lightning.injection.report import LoraReport, LoraRow
 from lora_lightning.injection.state import (
     ORIGINALS,
@@ -52,12 +52,15 @@ def inject_lora(model: nn.Module, config: LoraConfig | Mapping[str, Any], *, see
     """
     config = config if isinstance(config, LoraConfig) else LoraConfig.from_dict(config)
     seed = default_seed() if seed is None else seed
-    model = unwrap(model)
+    with walked_once():
+        return _inject(unwrap(model), config, seed)
+
+
+def _inject(model: nn.Module, config: LoraConfig, seed: int) -> LoraReport:
     root = _earlier_root(model, config) or find_root(model)[1]
     plan = resolve(root, config, outside=model)
     before = [name for name, p in root.named_parameters() if p.requires_grad]
-    heads = frozen_heads(model, root, plan.in_full.values())
-    bare = bare_parameters(model, root, heads)
+    heads, bare = meant_to_train(model, root, plan.in_full.values())
     for target in plan.targets:
         if isinstance(target.layer, LoraLayer):
             continue
@@ -91,20 +94,25 @@ def check_config(model: nn.Module, config: LoraConfig) -> None:
 
 def freeze_base(model: nn.Module) -> None:
     """Let the adapter's parameters train and nothing else in the model."""
-    freeze_rest(model)
-    for tensor in adapter_tensors(model).values():
+    for tensor in freeze_rest(model).values():
         if isinstance(tensor, nn.Parameter):
             tensor.requires_grad_(True)
 
 
-def freeze_rest(model: nn.Module) -> None:
-    """Freeze all but the adapter's parameters, and leave those as they are."""
+def freeze_rest(model: nn.Module) -> dict[str, Tensor]:
+    """Freeze all but the adapter's parameters, and leave those as they are.
+
+    Returns:
+        The adapter's parameters and buffers by canonical name.
+    """
     model = unwrap(model)
-    own = {id(tensor) for tensor in adapter_tensors(model).values()}
+    kept = adapter_tensors(model)
+    own = {id(tensor) for tensor in kept.values()}
     for parameter in model.parameters():
         if id(parameter) not in own:
             parameter.requires_grad_(False)
             parameter.grad = None
+    return kept
 
 
 def report_of(model: nn.Module, heads: tuple[str, ...] = (), whole: nn.Module | None = None) -> LoraReport:
@@ -124,9 +132,9 @@ def report_of(model: nn.Module, heads: tuple[str, ...] = (), whole: nn.Module | 
             kind = "bias" if list(originals) == ["bias"] and "weight" in module._parameters else "in full"
             count = sum(p.numel() for p in own)
             rows.append(LoraRow(name.removeprefix(prefix), kind, tuple(own[0].shape[::-1]), 0, 0.0, count))
-    parameters = list((whole or model).parameters())
-    trainable = sum(_numel(p) for p in parameters if p.requires_grad)
-    return LoraReport(rows, trainable, sum(_numel(p) for p in parameters), heads)
+    sizes = [(_numel(p), p.requires_grad) for p in (whole or model).parameters()]
+    trainable = sum(size for size, trains in sizes if trains)
+    return LoraReport(rows, trainable, sum(size for size, _ in sizes), heads)
 
 
 def _earlier_root(model: nn.Module, config: LoraConfig) -> nn.Module | None:
@@ -155,14 +163,12 @@ def _mark_biases(root: nn.Module, config: LoraConfig) -> None:
 
 def _leave_fast_path(root: nn.Module) -> None:
     """Make ``nn.TransformerEncoderLayer`` call its layers: in eval it would read their weights past the adapter."""
-    for layer in _encoder_layers(root):
+    for _, layer in canonical_modules(root):
+        if not isinstance(layer, nn.TransformerEncoderLayer):
+            continue
         if FAST_PATH not in vars(layer) and any(isinstance(part, LoraLayer) for part in layer.modules()):
             vars(layer)[FAST_PATH] = layer.activation_relu_or_gelu
             layer.activation_relu_or_gelu = 0
-
-
-def _encoder_layers(root: nn.Module) -> Iterator[nn.TransformerEncoderLayer]:
-    yield from (module for module in root.modules() if isinstance(module, nn.TransformerEncoderLayer))
 
 
 def _numel(parameter: nn.Parameter) -> int:

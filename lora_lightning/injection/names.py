@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 from torch import nn
 
-_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# Walks that are remembered, by the module that they began at; None where the tree may change between two of them.
+_WALKS: ContextVar[dict[int, dict[str, nn.Module]] | None] = ContextVar("walks", default=None)
+_IN_NAMES = re.compile(rf"(^|\.)({'|'.join(_WRAPPERS)})(?=\.|$)")
 
 
 def canonical(name: str) -> str:
@@ -18,20 +23,55 @@ def canonical(name: str) -> str:
     >>> canonical("_orig_mod.fc")
     'fc'
     """
-    return _WRAPPERS.sub("", name).removeprefix(".")
+    return _IN_NAMES.sub("", name).removeprefix(".")
 
 
 def canonical_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module below (and with) ``model`` once, by canonical name; a wrapper counts as its content."""
-    seen: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        seen[canonical(name)] = module  # the content comes after its wrapper and takes the name
-    yield from seen.items()
+    known = _WALKS.get()
+    modules = None if known is None else known.get(id(model))
+    if modules is None:
+        modules = _walk(model)
+        if known is not None:
+            known[id(model)] = modules
+    yield from modules.items()
+
+
+@contextlib.contextmanager
+def walked_once() -> Iterator[None]:
+    """Walk a model once inside the ``with`` block, however many ask for its modules.
+
+    For work that changes the modules' classes and parameters, and neither adds a module nor takes one away.
+    """
+    before = _WALKS.set({} if _WALKS.get() is None else _WALKS.get())
+    try:
+        yield
+    finally:
+        _WALKS.reset(before)
+
+
+def _walk(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules by canonical name in the order of ``named_modules``, without a generator for every level of depth."""
+    found: dict[str, nn.Module] = {}
+    visited: set[int] = set()
+    ahead = [("", model)]
+    while ahead:
+        name, module = ahead.pop()
+        if id(module) in visited:
+            continue
+        visited.add(id(module))
+        found[name] = module  # the content comes after its wrapper and takes the name
+        if children := module._modules:
+            before = f"{name}." if name else ""
+            for local, child in reversed(list(children.items())):
+                if child is not None:
+                    ahead.append((name if local in _WRAPPERS else before + local, child))
+    return found
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside torch.compile's, FSDP's or DDP's wrapper, if ``model`` is one."""
-    for name in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"):
+    for name in _WRAPPERS:
         if isinstance(inner := model._modules.get(name), nn.Module):
             return unwrap(inner)
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
@@ -47,8 +87,9 @@ def find_root(model: nn.Module) -> tuple[str, nn.Module]:
     """
     model = unwrap(model)
     found: list[tuple[str, nn.Module]] = []
+    inside: tuple[str, ...] = ()
     for name, module in canonical_modules(model):
-        inside = any(name.startswith(f"{outer}.") or outer == "" for outer, _ in found)
-        if not inside and callable(getattr(module, "get_output_embeddings", None)):
+        if not name.startswith(inside) and callable(getattr(module, "get_output_embeddings", None)):
             found.append((name, module))
+            inside += (f"{name}." if name else "",)
     return found[0] if len(found) == 1 else ("", model)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -34,7 +35,7 @@ class Plan:
     in_full: dict[str, nn.Module]
 
 
-def matches(names: str | list[str], name: str) -> bool:
+def matches(names: str | Collection[str], name: str) -> bool:
     r"""Whether a module name is meant: the whole of a regular expression, or equal to or ending in a list's entry.
 
     >>> matches(["q_proj"], "layers.0.q_proj"), matches(["q_proj"], "layers.0.my_q_proj")
@@ -42,9 +43,25 @@ def matches(names: str | list[str], name: str) -> bool:
     >>> matches(r".*\.(q|v)_proj", "layers.0.v_proj")
     True
     """
+    return bool(entries_for(names, name))
+
+
+def entries_for(names: str | Collection[str], name: str) -> list[str]:
+    """The entries by which a module name is meant (see :func:`matches`), from the longest on.
+
+    An entry of a list is looked up, not compared with: give a set or a dict where there are many.
+    """
     if isinstance(names, str):
-        return re.fullmatch(names, name) is not None
-    return any(name == entry or name.endswith(f".{entry}") for entry in names)
+        return [names] if re.fullmatch(names, name) else []
+    return [end for end in _ends(name) if end in names]
+
+
+def _ends(name: str) -> Iterator[str]:
+    """A name and what is left of it after each of its dots."""
+    yield name
+    while dot := name.find(".") + 1:
+        name = name[dot:]
+        yield name
 
 
 def pattern_value(patterns: Mapping[str, float], name: str, default: float) -> float:
@@ -53,8 +70,23 @@ def pattern_value(patterns: Mapping[str, float], name: str, default: float) -> f
     >>> pattern_value({"q_proj": 4, r"layers\.1\..*": 2}, "layers.1.v_proj", 8)
     2
     """
-    key = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
-    return default if key is None else patterns[key]
+    for key, tail, pattern in _compiled(tuple(patterns)):
+        if name.endswith(tail) and pattern.match(name):
+            return patterns[key]
+    return default
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(keys: tuple[str, ...]) -> list[tuple[str, str, re.Pattern[str]]]:
+    """Each key with what names that it matches must end in, and the expression that decides.
+
+    A saved adapter may have a key for every layer. Most are plain names: their last part sorts out nearly all without
+    an expression being run.
+    """
+    tails = (key.rpartition(".")[2] if re.fullmatch(r"\^?[\w.]+", key) else "" for key in keys)
+    return [
+        (key, tail.removeprefix("^"), re.compile(rf"(.*\.)?({key})$")) for key, tail in zip(keys, tails, strict=True)
+    ]
 
 
 def resolve(root: nn.Module, config: LoraConfig, outside: nn.Module | None = None) -> Plan:
@@ -71,13 +103,14 @@ def resolve(root: nn.Module, config: LoraConfig, outside: nn.Module | None = Non
     modules = dict(canonical_modules(root))
     problems: list[str] = []
     in_full = _modules_in_full(modules, config, {} if outside is None else dict(canonical_modules(outside)), problems)
-    inside_full = {id(part) for module in in_full.values() for part in module.modules()}
+    taken = {id(part) for module in in_full.values() for part in module.modules()}
     meant = _meant(root, modules, config, problems)
     chosen: dict[str, nn.Module] = {}
     for name in _without_attention_children(meant, modules):
         layer = modules[name]
-        if id(layer) in inside_full or any(layer is other for other in chosen.values()):
+        if id(layer) in taken:
             continue
+        taken.add(id(layer))
         if not isinstance(layer, LoraLayer) and (reason := why_not(layer)) is not None:
             problems.append(f"{name or 'the model'} cannot be adapted: {reason}")
         chosen[name] = layer
@@ -103,15 +136,20 @@ def resolve(root: nn.Module, config: LoraConfig, outside: nn.Module | None = Non
 
 def _meant(root: nn.Module, modules: dict[str, nn.Module], config: LoraConfig, problems: list[str]) -> list[str]:
     """Names that ``target_modules`` means, less ``exclude_modules`` and other layers than ``layers_to_transform``."""
-    excluded = config.exclude_modules or []
+    excluded = _set_of(config.exclude_modules)
     names = [name for name in modules if not (excluded and matches(excluded, name))]
     if config.target_modules == ALL_LINEAR:
         heads = _heads(root, config)
         return [name for name in names if is_linear(modules[name]) and modules[name] not in heads]
-    wanted = config.target_modules
-    found = [name for name in names if matches(wanted, name)]
-    for entry in [wanted] if isinstance(wanted, str) else wanted:
-        of_entry = [name for name in found if matches(entry if isinstance(wanted, str) else [entry], name)]
+    wanted = _set_of(config.target_modules)
+    hits: dict[str, list[str]] = {entry: [] for entry in _listed(config.target_modules)}
+    found = []
+    for name in names:
+        if entries := entries_for(wanted, name):
+            found.append(name)
+            for entry in entries:
+                hits[entry].append(name)
+    for entry, of_entry in hits.items():
         if not any(kind_of(modules[name]) for name in of_entry):
             problems.append(_no_match("target_modules", entry, of_entry, modules))
     supported = [name for name in found if kind_of(modules[name])]
@@ -119,9 +157,17 @@ def _meant(root: nn.Module, modules: dict[str, nn.Module], config: LoraConfig, p
         f"{name} is a {type(modules[name]).__name__}, a kind of layer that cannot be adapted here; leave it out of "
         "target_modules (or name it in modules_to_save, to train it in full)"
         for name in found
-        if name not in supported and any(True for _ in modules[name].parameters(recurse=False))
+        if kind_of(modules[name]) is None and any(True for _ in modules[name].parameters(recurse=False))
     ]
     return _of_layers(supported, config, problems)
+
+
+def _listed(entries: str | list[str] | None) -> list[str]:
+    return [entries] if isinstance(entries, str) else entries or []
+
+
+def _set_of(entries: str | list[str] | None) -> str | set[str]:
+    return entries if isinstance(entries, str) else set(entries or [])
 
 
 def _of_layers(names: list[str], config: LoraConfig, problems: list[str]) -> list[str]:
@@ -178,12 +224,12 @@ def _without_attention_children(names: Iterable[str], modules: dict[str, nn.Modu
     """Leave out what ``nn.MultiheadAttention`` reads without calling: an adapter there would get no gradient."""
     parents = {name for name, module in modules.items() if isinstance(module, nn.MultiheadAttention)}
     names = list(names)
-    skipped = [name for name in names if name.rpartition(".")[0] in parents]
+    skipped = [name for name in names if name.rpartition(".")[0] in parents] if parents else []
     if skipped:
         warnings.warn(
             f"not adapted: {_some(skipped)} inside nn.MultiheadAttention, which reads the weight and never calls the "
             "layer, so that an adapter there would do nothing",
-            stacklevel=2,
+            stacklevel=5,
         )
     return [name for name in names if name not in skipped]
 
@@ -215,17 +261,17 @@ def _warn_unused(chosen: dict[str, nn.Module], modules: dict[str, nn.Module], co
     unused = [
         f"{field}[{key!r}]"
         for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern))
-        for key in patterns
-        if not any(re.match(rf"(.*\.)?({key})$", name) for name in chosen)
+        for key, tail, pattern in _compiled(tuple(patterns))
+        if not any(name.endswith(tail) and pattern.match(name) for name in chosen)
     ]
-    excluded = config.exclude_modules or []
-    for entry in [excluded] if isinstance(excluded, str) else excluded:
-        if not any(matches(entry if isinstance(excluded, str) else [entry], name) for name in modules):
-            unused.append(f"exclude_modules {entry!r}")
+    if config.exclude_modules:
+        excluded = _set_of(config.exclude_modules)
+        used = {entry for name in modules for entry in entries_for(excluded, name)}
+        unused += [f"exclude_modules {entry!r}" for entry in _listed(config.exclude_modules) if entry not in used]
     if unused:
-        warnings.warn(f"matches no layer and has no effect: {', '.join(unused)}", stacklevel=3)
+        warnings.warn(f"matches no layer and has no effect: {', '.join(unused)}", stacklevel=5)
     if config.fan_in_fan_out and not any(_stored_transposed(layer) for layer in chosen.values()):
-        warnings.warn("fan_in_fan_out=True has no effect: no adapted layer stores its weight (in, out)", stacklevel=3)
+        warnings.warn("fan_in_fan_out=True has no effect: no adapted layer stores its weight (in, out)", stacklevel=5)
 
 
 def _stored_transposed(layer: nn.Module) -> bool:
@@ -242,7 +288,7 @@ def _warn_wide(targets: list[Target]) -> None:
     if wide:
         warnings.warn(
             f"rank larger than the layer's smaller side, which adds parameters and no capacity: {_some(wide)}",
-            stacklevel=3,
+            stacklevel=5,
         )
 
 
