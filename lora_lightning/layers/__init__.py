@@ -13,8 +13,10 @@ from torch import nn
 
 from lora_lightning.layers.base import LoraLayer, adapter_dtype
 from lora_lightning.layers.embedding import LoraEmbedding, LoraOverEmbedding
+from lora_lightning.layers.group import dissolve
 from lora_lightning.layers.hazards import detached_hook, why_not
 from lora_lightning.layers.linear import LoraLinear, LoraOverLinear
+from lora_lightning.layers.made import declare, made_class, plain_class
 
 __all__ = [
     "LoraEmbedding",
@@ -91,6 +93,7 @@ def restore(layer: nn.Module) -> None:
             f"the layer's class is {type(layer).__name__}, which is not one that injection gave it (fully_shard "
             "changes classes too): take off what changed it first, or load the saved adapter into a fresh model"
         )
+    dissolve(layer)
     with detached_hook(layer):
         layer.__class__ = plain
         del layer.lora_A, layer.lora_B
@@ -98,12 +101,6 @@ def restore(layer: nn.Module) -> None:
             del layer.__dict__[name]
 
 
-def plain_class(layer: nn.Module) -> type[nn.Module] | None:
-    """The class that an adapted layer had before, or None if its class is not (or no longer) one of ours."""
-    return _PLAIN_OF.get(type(layer))
-
-
-_PLAIN_OF: dict[type, type[nn.Module]] = {}
 _LORA_OF: dict[type, type[LoraLayer] | None] = {}
 
 
@@ -118,22 +115,7 @@ def _find_or_make(plain: type[nn.Module]) -> type[LoraLayer] | None:
     for own, over in _kinds():
         base = own.lora_base_class
         if plain is base:
-            _PLAIN_OF[own] = plain
-            return own
+            return cast("type[LoraLayer]", declare(own, plain))
         if issubclass(plain, base):
-            parent = own if plain.forward is base.forward else over
-            members = {"__module__": __name__, "__qualname__": f"Lora{plain.__name__}", "__reduce_ex__": _reduce}
-            made = type(f"Lora{plain.__name__}", (parent, plain), members)
-            _PLAIN_OF[made] = plain
-            return made
+            return cast("type[LoraLayer]", made_class(own if plain.forward is base.forward else over, plain))
     return None
-
-
-def _reduce(layer: nn.Module, protocol: int) -> tuple:
-    reduced = cast("tuple", object.__reduce_ex__(layer, protocol))
-    return (_rebuild, (_PLAIN_OF[type(layer)],), *reduced[2:])
-
-
-def _rebuild(plain: type[nn.Module]) -> nn.Module:
-    made: Any = _lora_class(plain)
-    return made.__new__(made)

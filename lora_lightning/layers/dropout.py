@@ -5,7 +5,7 @@ drawn are the distances from one dropped element to the next (which are geometri
 those of the dropped elements and not of all. Elsewhere a mask of a byte an element says which are dropped. Either way
 the draw hangs on torch's generator alone, so that activation checkpointing repeats it.
 
-Shapes: ``T`` tokens, ``in`` features; ``x`` is ``(T, in)`` and ``dropped`` either places in its flattened form, ``(n,)``
+Shapes: ``T`` tokens, ``in`` features; ``x`` is ``(T, in)``, ``dropped`` either places in its flattened form, ``(n,)``
 int64, or a mask, ``(T, in)`` bool.
 """
 

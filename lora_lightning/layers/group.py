@@ -1,4 +1,4 @@
-"""Adapted linear layers that one parent calls on the same input (query, key and value; gate and up), computed at once."""
+"""Adapted linear layers that one parent calls on the same input (query, key, value; gate, up), computed at once."""
 
 from __future__ import annotations
 
