@@ -19,7 +19,7 @@ from lora_lightning.adapters import load_adapter
 from lora_lightning.adapters.checkpoint import adapter_from_checkpoint, checkpoint_entry, facts_of
 from lora_lightning.adapters.folder import chain_of, check_finite, write_folder
 from lora_lightning.config import LoraConfig
-from lora_lightning.errors import AdapterError, LoraConfigError
+from lora_lightning.errors import LoraConfigError
 from lora_lightning.injection import LoraReport, freeze_rest, inject_lora, lora_parameters, report_of
 from lora_lightning.injection.inject import default_seed
 from lora_lightning.injection.state import (
@@ -39,9 +39,11 @@ from lora_lightning.strategies.averaging import attach_averaging, begin_averagin
 from lora_lightning.strategies.broadcast import include_frozen
 from lora_lightning.strategies.checks import check_first_step, check_trainer
 from lora_lightning.strategies.chosen import config_for, fold_in_first, target_of
+from lora_lightning.strategies.nonfinite import NonFiniteError
 from lora_lightning.strategies.position import attach_position, resume_position
 from lora_lightning.strategies.products import free_place, local_folder, save_tokenizer
 from lora_lightning.strategies.unfreezing import count_held, freeze_again
+from lora_lightning.strategies.window import is_full
 
 _STATE = "_lora_state"
 
@@ -61,7 +63,8 @@ class LoraCallback(pl.Callback):
         base_adapter: Folder of a saved adapter to fold into the base before a new one is trained.
         module: Attribute of the LightningModule to inject below; nothing outside it is touched.
         name: The adapter's name; two callbacks of one trainer need two.
-        on_nonfinite: What to do when gradients are not finite: ``"stop"`` with an error, or ``"skip"`` the step.
+        on_nonfinite: What to do when a loss or gradients are not finite: ``"stop"`` with an error, or ``"skip"`` the
+            step, which then changes nothing. Of several callbacks one that says stop counts.
         freeze_norm_stats: Keep the running statistics of normalisation layers (BatchNorm) in the frozen base as they
             are, so that the adapter over the untouched base is all that training has made. False lets them move;
             checkpoints and adapter folders then hold them, and PEFT does not read them.
@@ -240,33 +243,40 @@ class LoraCallback(pl.Callback):
             rng.restore(self._before_validation)
             self._before_validation = None
 
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Note the loss, which may be infinite with gradients that are not."""
+        if self is _callbacks(trainer)[0]:
+            _state_of(trainer).watch.note(loss, getattr(trainer.precision_plugin, "scaler", None))
+
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Average gradients where the strategy does not; stop at, or skip, a step in which they are not finite."""
+        """Average gradients where the strategy does not; stop at, or skip, a step that is not finite."""
         state = _state_of(trainer)
         _keep_base(trainer, pl_module)
-        if _callbacks(trainer)[0] is self:
-            state.synchronise(optimizer)
-        named = state.stepped(optimizer, lora_parameters(self._target(pl_module)))
-        if self._first_step and named:
-            self._first_step = False
-            check_first_step(dict(lora_layers(self._target(pl_module))), named, state.without_gradient(named))
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if (scaler is not None and scaler.is_enabled()) or not (bad := state.not_finite(named)):
-            return  # a loss scaler skips such steps by itself
-        loss = trainer.callback_metrics.get("train_loss", trainer.callback_metrics.get("train_loss_step"))
-        told = "" if loss is None else f" (loss {float(loss):g})"
-        where = (
-            f"step {trainer.global_step}{told}: gradients are not finite in {len(bad)} adapter tensors, first {bad[0]}"
-        )
-        if self.on_nonfinite == "stop":
+        callbacks = _callbacks(trainer)
+        if self is not callbacks[0] or not is_full(trainer.strategy):
+            return
+        state.synchronise(optimizer)
+        for callback in callbacks:
+            callback._look_at_first_step(state, optimizer, pl_module)
+        problem = state.watch.problem(state, optimizer, getattr(trainer.precision_plugin, "scaler", None))
+        if problem is None:
+            return
+        where = f"step {trainer.global_step}{problem}"
+        if any(callback.on_nonfinite == "stop" for callback in callbacks):
             raise NonFiniteError(
                 f"{where}. The adapter is as it was before this step. Lower the learning rate or the scale, or set "
                 "on_nonfinite='skip' to pass over such steps"
             )
         rank_zero_warn(f"{where}; the step is skipped")
         state.skip(optimizer)
+
+    def _look_at_first_step(self, state: AdapterState, optimizer: Optimizer, pl_module: pl.LightningModule) -> None:
+        named = state.stepped(optimizer, lora_parameters(self._target(pl_module))) if self._first_step else {}
+        if named:
+            self._first_step = False
+            check_first_step(dict(lora_layers(self._target(pl_module))), named, state.without_gradient(named))
 
     # ---- what stays
 
@@ -317,10 +327,6 @@ class LoraCallback(pl.Callback):
         if self._entry is None:
             self._entry = checkpoint_entry(pl_module, self.module)
         return self._entry
-
-
-class NonFiniteError(AdapterError):
-    """Gradients have a NaN or an infinity in them; the adapter is as it was before the step."""
 
 
 def _give_back(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

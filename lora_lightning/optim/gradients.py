@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lora_lightning.injection.tensors import norms, whole
+
+
+def are_finite(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Whether all gradients are finite, a scalar on their device; nothing waits for it."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    return norms(grads).isfinite().all() if grads else torch.ones((), dtype=torch.bool)
 
 
 def not_finite(parameters: Mapping[str, nn.Parameter]) -> list[str]:

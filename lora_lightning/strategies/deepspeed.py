@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -74,16 +75,20 @@ class DeepSpeedState(AdapterState):
         """
         return dict(adapters) if self.engine.is_gradient_accumulation_boundary() else {}
 
-    def not_finite(self, parameters: Mapping[str, nn.Parameter]) -> list[str]:
-        """Names of parameters whose gradient has a NaN or an infinity on any process.
+    def are_finite(self, optimizer: Optimizer) -> Tensor:
+        """The same, of what its engine has averaged: one exchange of a flag.
 
-        One exchange of a flag; gradients are gathered, one at a time, only to name the bad ones. Under fp16, where
-        overflows are a matter of the loss scale, DeepSpeed deals with them alone.
+        Under fp16, where overflows are a matter of the loss scale, DeepSpeed deals with them alone.
         """
+        engine = self.engine
+        sound = engine.fp16_enabled() or not engine.optimizer.has_overflow(partition_gradients=True)
+        return torch.tensor(bool(sound))
+
+    def not_finite(self, parameters: Mapping[str, nn.Parameter]) -> list[str]:
+        """Names of parameters whose gradient has a NaN or an infinity; gathered one at a time."""
         from deepspeed.utils import safe_get_full_grad
 
-        engine = self.engine
-        if not parameters or engine.fp16_enabled() or not engine.optimizer.has_overflow(partition_gradients=True):
+        if bool(self.are_finite(self.engine.optimizer)):
             return []
         gradients = {name: safe_get_full_grad(p) for name, p in parameters.items()}
         bad = [name for name, grad in gradients.items() if grad is not None and not bool(grad.isfinite().all())]
@@ -94,7 +99,8 @@ class DeepSpeedState(AdapterState):
         return []
 
     def skip(self, optimizer: Optimizer) -> None:
-        """Nothing to do: DeepSpeed passes over a step whose gradients are not finite."""
+        """DeepSpeed passes over a step whose gradients are not finite; where the loss alone is not, they become so."""
+        zero_optimizer.scale_gradients(self.engine.optimizer, float("nan"))
 
     # ---- what is saved
 

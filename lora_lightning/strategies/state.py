@@ -25,6 +25,7 @@ from lora_lightning.strategies import optimizer_state as by_name
 from lora_lightning.strategies import rng
 from lora_lightning.strategies.equal import assert_equal_across_ranks
 from lora_lightning.strategies.files import use_atomic_io
+from lora_lightning.strategies.nonfinite import Watch
 from lora_lightning.strategies.primitives import keep_primitives
 from lora_lightning.strategies.unfreezing import count_held, train_as_saved
 
@@ -42,6 +43,7 @@ class AdapterState:
 
     Attributes:
         rng: The random states that this process had when the loaded checkpoint was written, until they are put back.
+        watch: Knows the losses of the step to come.
         held: How many parameters the optimizers had when they were looked at last; None where nobody can add any.
     """
 
@@ -50,6 +52,7 @@ class AdapterState:
         self.entries: Callable[[], dict[str, dict[str, Any]]] = dict
         self.rng: dict[str, Any] | None = None
         self.held: int | None = None
+        self.watch = Watch()
         self._told: set[str] = set()
         self._save: Callable[..., None] = strategy.save_checkpoint
         self._load: Callable[..., dict[str, Any]] = strategy.load_checkpoint
@@ -96,8 +99,12 @@ class AdapterState:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         return {name: p for name, p in adapters.items() if id(p) in held}
 
+    def are_finite(self, optimizer: Optimizer) -> Tensor:
+        """Whether an optimizer's gradients have no NaN and no infinity: a truth value where they are."""
+        return gradients.are_finite([p for group in optimizer.param_groups for p in group["params"]])
+
     def not_finite(self, parameters: Mapping[str, nn.Parameter]) -> list[str]:
-        """Names of parameters whose gradient has a NaN or an infinity on any process."""
+        """Names of parameters whose gradient has a NaN or an infinity; asked on every process where one has any."""
         return gradients.not_finite(parameters)
 
     def without_gradient(self, parameters: Mapping[str, nn.Parameter]) -> list[str]:

@@ -107,7 +107,7 @@ def test_gradients_that_are_not_finite_stop_or_skip(module_class, make_trainer):
 
     stopped = Diverges()
     with pytest.raises(
-        AdapterError, match=r"step 2 \(loss nan\): gradients are not finite in \d adapter tensors, first net\.0\."
+        AdapterError, match=r"step 2 \(loss nan\): gradients are not finite in \d trained tensors, first net\.0\."
     ):
         make_trainer(LoraCallback(CONFIG)).fit(stopped)
     assert all(p.isfinite().all() for p in stopped.parameters())
