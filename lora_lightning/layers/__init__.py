@@ -1,6 +1,7 @@
 """Layers that carry an adapter, and the change from a plain layer to one and back.
 
-One file a kind of layer. A new kind is one new file and one line in :data:`KINDS`.
+One file a kind of layer. A new kind, or a new variant of the forward, is one new file and a line in :data:`KINDS` for
+each kind of layer that has it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from lora_lightning.layers.base import LoraLayer, adapter_dtype
+from lora_lightning.layers.dora import DoraEmbedding, DoraLayer, DoraLinear, DoraOverEmbedding, DoraOverLinear
 from lora_lightning.layers.embedding import LoraEmbedding, LoraOverEmbedding
 from lora_lightning.layers.group import dissolve
 from lora_lightning.layers.hazards import detached_hook, why_not
@@ -19,6 +21,9 @@ from lora_lightning.layers.linear import LoraLinear, LoraOverLinear
 from lora_lightning.layers.made import declare, made_class, plain_class
 
 __all__ = [
+    "DoraEmbedding",
+    "DoraLayer",
+    "DoraLinear",
     "LoraEmbedding",
     "LoraLayer",
     "LoraLinear",
@@ -30,24 +35,25 @@ __all__ = [
     "why_not",
 ]
 
-# (class with a forward of its own, class that adds to any forward)
-KINDS: list[tuple[type[LoraLayer], type[LoraLayer]]] = [
-    (LoraLinear, LoraOverLinear),
-    (LoraEmbedding, LoraOverEmbedding),
-]
+_Kinds = list[tuple[type[LoraLayer], type[LoraLayer]]]
+# For each variant: (class with a forward of its own, class that adds to any forward)
+KINDS: dict[str, _Kinds] = {
+    "lora": [(LoraLinear, LoraOverLinear), (LoraEmbedding, LoraOverEmbedding)],
+    "dora": [(DoraLinear, DoraOverLinear), (DoraEmbedding, DoraOverEmbedding)],
+}
 
 
-def _kinds() -> list[tuple[type[LoraLayer], type[LoraLayer]]]:
+def _kinds(variant: str) -> _Kinds:
     if "transformers.pytorch_utils" in sys.modules:  # else no layer of that class can exist
-        from lora_lightning.layers.conv1d import LoraConv1D, LoraOverConv1D
+        from lora_lightning.layers.conv1d import CONV1D_KINDS
 
-        return [*KINDS, (LoraConv1D, LoraOverConv1D)]
-    return KINDS
+        return [*KINDS[variant], CONV1D_KINDS[variant]]
+    return KINDS[variant]
 
 
-def kind_of(layer: nn.Module) -> type[LoraLayer] | None:
-    """The LoRA class that fits a layer (its own, if it is adapted already), or None where there is none."""
-    return type(layer) if isinstance(layer, LoraLayer) else _lora_class(type(layer))
+def kind_of(layer: nn.Module, variant: str = "lora") -> type[LoraLayer] | None:
+    """The adapted class that fits a layer (its own, if it is adapted already), or None where there is none."""
+    return type(layer) if isinstance(layer, LoraLayer) else _lora_class(type(layer), variant)
 
 
 def is_linear(layer: nn.Module) -> bool:
@@ -56,8 +62,8 @@ def is_linear(layer: nn.Module) -> bool:
     return kind is not None and issubclass(kind, LoraOverLinear)
 
 
-def adapt(layer: nn.Module, r: int, lora_alpha: float, scaling: float, dropout: float) -> None:
-    """Give a plain layer an adapter, in place: two uninitialised parameters and the class that uses them.
+def adapt(layer: nn.Module, r: int, lora_alpha: float, scaling: float, dropout: float, variant: str = "lora") -> None:
+    """Give a plain layer an adapter, in place: its parameters, uninitialised, and the class that uses them.
 
     Args:
         layer: A layer for which :func:`kind_of` knows a class and :func:`why_not` finds no hindrance.
@@ -65,16 +71,16 @@ def adapt(layer: nn.Module, r: int, lora_alpha: float, scaling: float, dropout: 
         lora_alpha: Numerator of the scale, kept for the record.
         scaling: The scale ``s``.
         dropout: Probability of dropping an input of ``A`` in training.
+        variant: Which of :data:`KINDS`.
     """
-    kind = kind_of(layer)
+    kind = kind_of(layer, variant)
     if kind is None or isinstance(layer, LoraLayer):
         raise TypeError(f"no adapter can be added to a layer of class {type(layer).__name__}")
-    n_in, n_out = kind.lora_sides(layer)
     weight = cast("torch.Tensor", layer.weight)
     options: dict[str, Any] = {"dtype": adapter_dtype(weight), "device": weight.device}
     with detached_hook(layer):
-        layer.register_parameter("lora_A", nn.Parameter(torch.empty(r, n_in, **options)))
-        layer.register_parameter("lora_B", nn.Parameter(torch.empty(n_out, r, **options)))
+        for name, shape in kind.lora_shapes(layer, r).items():
+            layer.register_parameter(name, nn.Parameter(torch.empty(shape, **options)))
         layer.__dict__.update(
             lora_r=r, lora_alpha=lora_alpha, lora_scaling=scaling, lora_dropout=dropout, lora_enabled=True
         )
@@ -94,25 +100,27 @@ def restore(layer: nn.Module) -> None:
             "changes classes too): take off what changed it first, or load the saved adapter into a fresh model"
         )
     dissolve(layer)
+    own = cast("LoraLayer", layer).lora_parameter_names
     with detached_hook(layer):
         layer.__class__ = plain
-        del layer.lora_A, layer.lora_B
+        for name in own:
+            delattr(layer, name)
         for name in ("lora_r", "lora_alpha", "lora_scaling", "lora_dropout", "lora_enabled"):
             del layer.__dict__[name]
 
 
-_LORA_OF: dict[type, type[LoraLayer] | None] = {}
+_LORA_OF: dict[tuple[type, str], type[LoraLayer] | None] = {}
 
 
-def _lora_class(plain: type[nn.Module]) -> type[LoraLayer] | None:
-    """The LoRA class over a plain one: ours where we know it, else one made once, which pickles by its base."""
-    if plain not in _LORA_OF:
-        _LORA_OF[plain] = _find_or_make(plain)
-    return _LORA_OF[plain]
+def _lora_class(plain: type[nn.Module], variant: str) -> type[LoraLayer] | None:
+    """The adapted class over a plain one: ours where we know it, else one made once, which pickles by its base."""
+    if (plain, variant) not in _LORA_OF:
+        _LORA_OF[plain, variant] = _find_or_make(plain, variant)
+    return _LORA_OF[plain, variant]
 
 
-def _find_or_make(plain: type[nn.Module]) -> type[LoraLayer] | None:
-    for own, over in _kinds():
+def _find_or_make(plain: type[nn.Module], variant: str) -> type[LoraLayer] | None:
+    for own, over in _kinds(variant):
         base = own.lora_base_class
         if plain is base:
             return cast("type[LoraLayer]", declare(own, plain))

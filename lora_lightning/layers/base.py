@@ -41,6 +41,7 @@ class LoraLayer(_Module):
     lora_enabled: bool
     lora_kind: ClassVar[str]
     lora_base_class: ClassVar[type[nn.Module]]
+    lora_parameter_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
 
     @staticmethod
     def lora_sides(layer: nn.Module) -> tuple[int, int]:
@@ -50,6 +51,21 @@ class LoraLayer(_Module):
         """
         raise NotImplementedError
 
+    @classmethod
+    def lora_shapes(cls, layer: nn.Module, r: int) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter that an adapter of rank ``r`` adds to a layer."""
+        n_in, n_out = cls.lora_sides(layer)
+        return {"lora_A": (r, n_in), "lora_B": (n_out, r)}
+
+    @property
+    def lora_own(self) -> dict[str, nn.Parameter]:
+        """The adapter's parameters by name."""
+        return {name: getattr(self, name) for name in self.lora_parameter_names}
+
+    def lora_derived(self) -> dict[str, Tensor]:
+        """First values of parameters that follow from the weight, ``A`` and ``B``; whole on every process."""
+        return {}
+
     def lora_delta(self, x: Tensor) -> Tensor:
         """What the adapter adds to the base layer's output for the input ``x``."""
         raise NotImplementedError
@@ -57,6 +73,10 @@ class LoraLayer(_Module):
     def lora_weight_delta(self) -> Tensor:
         """``s · B A`` in the shape of the base weight, in the adapter's dtype."""
         raise NotImplementedError
+
+    def lora_merged(self, weight: Tensor, delta: Tensor) -> Tensor:
+        """The weight of a plain layer that gives this one's outputs, from the base's and ``s · B A`` in its shape."""
+        return weight + delta
 
     weight: Any  # the base's: a tensor, or what a quantised layer keeps instead
 

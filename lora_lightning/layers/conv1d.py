@@ -10,7 +10,10 @@ from typing import cast
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_lightning.layers.functional import lora_linear
+from lora_lightning.layers.base import LoraLayer
+from lora_lightning.layers.dora import DoraLayer
+from lora_lightning.layers.dora_functional import dora_linear
+from lora_lightning.layers.functional import Adapted, lora_linear
 from lora_lightning.layers.linear import LoraOverLinear
 
 
@@ -40,3 +43,26 @@ class LoraConv1D(LoraOverConv1D, Conv1D):
             return Conv1D.forward(self, x)
         dropout = self._active_dropout
         return lora_linear(x, self.weight.t(), self.bias, self.lora_A, self.lora_B, self.lora_scaling, dropout)
+
+
+class DoraOverConv1D(DoraLayer, LoraOverConv1D):
+    """DoRA over a subclass of ``Conv1D`` that has a forward of its own."""
+
+    lora_in_first = True
+
+
+class DoraConv1D(DoraOverConv1D, Conv1D):
+    """``Conv1D`` with DoRA, ``y = m/‖W + s (B A)ᵀ‖ ⊙ (x W + s · (drop(x) Aᵀ) Bᵀ) + b``."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # as Conv1D's
+        """``(..., in) -> (..., out)``."""
+        if not self.lora_enabled:
+            return Conv1D.forward(self, x)
+        layer = Adapted(self.weight.t(), self.bias, self.lora_A, self.lora_B, self.lora_scaling)
+        return dora_linear(x, layer, self.lora_magnitude, self.lora_norm(), self._active_dropout)
+
+
+CONV1D_KINDS: dict[str, tuple[type[LoraLayer], type[LoraLayer]]] = {
+    "lora": (LoraConv1D, LoraOverConv1D),
+    "dora": (DoraConv1D, DoraOverConv1D),
+}

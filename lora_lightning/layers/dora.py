@@ -1,0 +1,92 @@
+"""DoRA: layers that learn the length of each output's weights apart from their direction.
+
+``W' = m/‖W + s B A‖ · (W + s B A)``, row by row, with ``m`` a parameter ``lora_magnitude`` that starts as the norm.
+Source: DoRA, arXiv 2402.09353.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lora_lightning.layers.base import LoraLayer
+from lora_lightning.layers.dora_functional import dora_linear, ratio
+from lora_lightning.layers.dora_norm import adapted_norms, beside, remembered
+from lora_lightning.layers.embedding import LoraOverEmbedding
+from lora_lightning.layers.functional import Adapted
+from lora_lightning.layers.linear import LoraOverLinear
+
+
+class DoraLayer(LoraLayer):
+    """What layers of this variant have in common; over any forward, it scales the output that has no bias in it.
+
+    Attributes:
+        lora_magnitude: ``m``, ``(out,)``.
+        lora_in_first: Whether the base weight is stored ``(in, out)``.
+    """
+
+    lora_magnitude: nn.Parameter
+    lora_parameter_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_magnitude")
+    lora_in_first: ClassVar[bool] = False
+
+    @classmethod
+    def lora_shapes(cls, layer: nn.Module, r: int) -> dict[str, tuple[int, ...]]:
+        """``A``, ``B`` and ``m``."""
+        return {**super().lora_shapes(layer, r), "lora_magnitude": (cls.lora_sides(layer)[1],)}
+
+    def lora_derived(self) -> dict[str, Tensor]:
+        """``m`` starts as the norm, so that the layer starts as the base's does."""
+        norm = self._norm()
+        return {"lora_magnitude": norm.full_tensor() if isinstance(norm, DTensor) else norm}
+
+    def lora_norm(self) -> Tensor:
+        """``‖W + s B A‖`` of each output, ``(out,)``; without a gradient."""
+        return remembered(self, (self.weight, self.lora_A, self.lora_B), self._norm)
+
+    def _norm(self) -> Tensor:
+        return adapted_norms(self.weight, self.lora_A, self.lora_B, self.lora_scaling, in_first=self.lora_in_first)
+
+    def lora_merged(self, weight: Tensor, delta: Tensor) -> Tensor:
+        """``m/‖W + s B A‖ · (W + s B A)``."""
+        direction = weight + delta
+        norm = torch.linalg.vector_norm(direction, dim=0 if self.lora_in_first else 1)
+        c = ratio(beside(self.lora_magnitude.to(norm.dtype), norm), norm)
+        return direction * (c if self.lora_in_first else c[:, None])
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """The base layer's output, whatever its class does with ``x``, and what DoRA changes in it."""
+        out: Tensor = super(LoraLayer, self).forward(x, *args, **kwargs)
+        if not self.lora_enabled:
+            return out
+        bias = getattr(self, "bias", None)
+        straight = out if bias is None else out - bias
+        c = ratio(self.lora_magnitude, self.lora_norm())
+        return out + ((c - 1) * straight + c * self.lora_delta(x)).to(out.dtype)
+
+
+class DoraOverLinear(DoraLayer, LoraOverLinear):
+    """DoRA over a subclass of ``nn.Linear`` that has a forward of its own."""
+
+
+class DoraLinear(DoraOverLinear, nn.Linear):
+    """``nn.Linear`` with DoRA, ``y = m/‖W + s B A‖ ⊙ (x Wᵀ + s · (drop(x) Aᵀ) Bᵀ) + b``."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # as nn.Linear's
+        """``(..., in) -> (..., out)``."""
+        if not self.lora_enabled:
+            return nn.Linear.forward(self, x)
+        layer = Adapted(self.weight, self.bias, self.lora_A, self.lora_B, self.lora_scaling)
+        return dora_linear(x, layer, self.lora_magnitude, self.lora_norm(), self._active_dropout)
+
+
+class DoraOverEmbedding(DoraLayer, LoraOverEmbedding):
+    """DoRA over a subclass of ``nn.Embedding`` that has a forward of its own; ``m`` is one number for each feature."""
+
+    lora_in_first = True
+
+
+class DoraEmbedding(DoraOverEmbedding, nn.Embedding):  # type: ignore[misc]  # forward takes one argument
+    """``nn.Embedding`` with DoRA, ``y = m/‖W + s (B A)ᵀ‖ ⊙ (W[x] + s · A[:, x]ᵀ Bᵀ)``."""
