@@ -27,7 +27,7 @@ from lora_lightning.layers.functional import (
     written_out,
 )
 
-_SMALLEST = 2.0**-40
+_SMALLEST = {torch.float16: 2.0**-10, torch.float64: 2.0**-100}  # of c, so that y / c has the digits of z
 
 
 def dora_linear(x: Tensor, layer: Adapted, magnitude: Tensor, norm: Tensor, dropout: float = 0.0) -> Tensor:
@@ -61,9 +61,9 @@ class _DoraLinear(torch.autograd.Function):
     """Forward and backward written out.
 
     With ``d = dy ⊙ c`` the gradients are those of the layer without DoRA for ``d``, and ``dm = Σ dy ⊙ z / norm`` over
-    tokens. Without a bias ``z`` is taken back from the output, ``z = y / c``, which the next operation most often keeps anyway;
-    where something has overwritten the output since, it is computed again. A ``c`` of less than 2⁻⁴⁰ counts as that
-    much, so that this can be done. With a bias, a large one would leave too few digits of ``z``, so ``z`` is kept.
+    tokens. Without a bias ``z`` is taken back from the output, ``z = y / c``, which the next operation most often
+    keeps anyway; where something has overwritten the output since, it is computed again. A ``c`` too small for that
+    counts as the smallest that is not. With a bias, a large one would leave too few digits of ``z``: it is kept.
     """
 
     @staticmethod
@@ -84,7 +84,8 @@ class _DoraLinear(torch.autograd.Function):
         c = ratio(magnitude, norm)
         divisor = torch.where(norm == 0, 1, norm)  # dm = Σ dy ⊙ kept / divisor
         if bias is None:
-            c = torch.where(c.abs() < _SMALLEST, torch.copysign(torch.full_like(c, _SMALLEST), c), c)
+            smallest = _SMALLEST.get(z.dtype, 2.0**-40)
+            c = torch.where(c.abs() < smallest, torch.copysign(torch.full_like(c, smallest), c), c)
             divisor = divisor * c
             kept = flat = z.mul_(c)
         else:
