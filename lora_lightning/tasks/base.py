@@ -78,7 +78,7 @@ class Task(LightningModule):
     # What a subclass says
 
     def loss_sum(self, batch: Mapping[str, Tensor]) -> LossSum:
-        """Score a batch: the sum of its losses, how many they are, and the logits."""
+        """Score a batch: the sum of its losses, how many they are, and the logits if there are metrics of them."""
         raise NotImplementedError
 
     def derived(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -119,7 +119,7 @@ class Task(LightningModule):
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Return a loss with the gradient of the sum and, for whoever looks at it, the value of the batch's mean."""
-        total, count, _ = self.loss_sum(batch)
+        total, count = self.loss_sum(batch)[:2]
         tokens = _count_tokens(batch)
         self._tokens_seen = tokens if self._tokens_seen is None else self._tokens_seen + tokens
         counted = torch.stack([total.detach(), count.to(total.dtype), tokens.to(total.dtype)])
@@ -223,9 +223,9 @@ class Task(LightningModule):
 
     def _evaluate(self, stage: Stage, batch: Mapping[str, Tensor]) -> None:
         mean, metrics = self._evaluators(stage)
-        total, count, logits = self.loss_sum(batch)
+        total, count, logits = self.loss_sum(batch)[:3]
         mean.update(total / count.clamp(min=1), count)
-        if metrics:
+        if metrics and logits is not None:
             metrics.update(logits.float(), batch["labels"])
 
     def _end_evaluation(self, stage: Stage) -> None:
@@ -237,5 +237,7 @@ class Task(LightningModule):
 
 
 def _count_tokens(batch: Mapping[str, Tensor]) -> Tensor:
+    if "tokens_in_row" in batch:  # packed rows, which have no mask
+        return batch["tokens_in_row"].sum()
     mask = batch.get("attention_mask")
     return (torch.ones_like(batch["input_ids"]) if mask is None else mask).sum()

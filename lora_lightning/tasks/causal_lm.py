@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -15,13 +17,15 @@ from lora_lightning.tasks.generate import generate_text
 from lora_lightning.tasks.loss import LossSum, causal_lm_loss, token_losses
 from lora_lightning.tasks.model import load_model, load_tokenizer
 from lora_lightning.tasks.model_config import ModelConfig
+from lora_lightning.tasks.packing import Route, find_route, is_packed
 
 
 class CausalLM(Task):
     """A causal language model that learns to write what the labels of its batches say.
 
     A batch is a mapping of ``input_ids``, ``attention_mask`` and ``labels``, each (B, T), right-padded;
-    ``labels[b, t]`` is the label of token t itself, -100 where it is not trained. Logs ``train_loss`` (the mean over
+    ``labels[b, t]`` is the label of token t itself, -100 where it is not trained. Of packed rows, ``position_ids``
+    (B, T), 0 where an example begins, takes the place of the mask, and examples do not see each other. Logs ``train_loss`` (the mean over
     an optimizer step), ``tokens_per_second``, ``val_loss`` and ``test_loss`` (means over all labels) and the
     perplexities, which are their exponentials.
 
@@ -66,10 +70,49 @@ class CausalLM(Task):
         self.base = config
         self.tokenizer = load_tokenizer(config)
         self.model = load_model(config, "causal_lm")
+        self._route: Route | None = None
+
+    def on_train_start(self) -> None:
+        """Find out anew how packed rows are to be run: model and strategy may not be those of the last fit."""
+        super().on_train_start()
+        self._leave_route()
+        self._route = None
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Put the model's own attention back, once nothing of the batch is computed any more."""
+        self._leave_route()
 
     def loss_sum(self, batch: Mapping[str, Tensor]) -> LossSum:
         """Sum the losses of the labelled tokens."""
-        return causal_lm_loss(self.model, batch)
+        with self._as_the_model_takes_it(batch) as ready:
+            return causal_lm_loss(self.model, ready)
+
+    @contextmanager
+    def _as_the_model_takes_it(self, batch: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
+        """Packed rows with the model's attention switched, until the backward pass (it may compute again) is over."""
+        if not is_packed(batch):
+            yield batch
+            return
+        if self._route is None:  # here, where every strategy has everything ready for a forward
+            agreed = self.trainer.strategy.reduce_boolean_decision if self._trainer else bool
+            self._route = find_route(self.model, self._losses_in_order, agreed, device=batch["input_ids"].device)
+            rank_zero_info(f"Packed rows: {self._route.told}.")
+        self._route.enter()
+        try:
+            yield self._route.prepare(batch)
+        except BaseException:
+            self._leave_route()
+            raise
+        if not torch.is_grad_enabled():
+            self._leave_route()
+
+    def _losses_in_order(self, batch: Mapping[str, Tensor]) -> Tensor:
+        losses_BK, trained_BK, *_ = token_losses(self.model, batch)
+        return losses_BK[trained_BK]
+
+    def _leave_route(self) -> None:
+        if self._route is not None:
+            self._route.leave()
 
     def derived(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The perplexity: the exponential of the mean loss of a token."""
@@ -85,6 +128,7 @@ class CausalLM(Task):
         Returns:
             What follows each prompt, up to the end of the turn, without special tokens.
         """
+        self._leave_route()
         return generate_text(self.model, self.tokenizer, prompts, max_new_tokens or self.max_new_tokens)
 
     def predict_step(self, batch: Any, batch_idx: int = 0) -> list[str] | Tensor:
@@ -100,6 +144,6 @@ class CausalLM(Task):
         """
         if isinstance(batch, (list, tuple)):
             return self.generate_text(list(batch))
-        with torch.no_grad():
-            losses_BK, trained_BK, _ = token_losses(self.model, batch)
+        with torch.no_grad(), self._as_the_model_takes_it(batch) as ready:
+            losses_BK, trained_BK, _ = token_losses(self.model, ready)
         return losses_BK.sum(dim=1) / trained_BK.sum(dim=1)

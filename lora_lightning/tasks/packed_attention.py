@@ -19,9 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations import sdpa_attention
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+_sdpa: Callable[..., tuple[Tensor, None]] = sdpa_attention.sdpa_attention_forward
 
 NAME = "packed_sdpa"
 """What these two functions are called in a model's ``attn_implementation``."""
@@ -107,7 +109,7 @@ def packed_attention(
         raise NotImplementedError(f"{NAME} does not know {', '.join(unknown)}")
     others |= {"dropout": dropout, "scaling": scaling}
     if attention_mask is None or attention_mask.ndim != 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
+        return _sdpa(module, query, key, value, attention_mask, **others)
     if dropout == 0 and _fits_kernel(query, value):
         return _kernel(query, key, value, attention_mask, scaling), None
     rows, _, width, _ = query.shape
@@ -121,18 +123,19 @@ def packed_attention(
         return [part[None] for parts in split for part in parts]
 
     parts = zip(*map(examples, (query, key, value)), strict=True)
-    attended = [sdpa_attention_forward(module, *part, None, **others)[0] for part in parts]
+    attended = [_sdpa(module, *part, None, **others)[0] for part in parts]
     return torch.cat(attended, dim=1).unflatten(1, (rows, width))[0], None
 
 
 @cache
-def _varlen() -> tuple[Callable[..., Tensor], frozenset[str]] | None:
-    """torch's own attention over rows of unequal length (torch >= 2.10), and the names of its arguments."""
+def _varlen() -> tuple[Callable[..., Any], frozenset[str]] | None:
+    """Attention of torch's own over rows of unequal length (torch >= 2.10), and the names of its arguments."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
+    attend: Callable[..., Any] = varlen_attn
+    return attend, frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def _fits_kernel(query: Tensor, value: Tensor) -> bool:

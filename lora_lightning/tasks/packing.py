@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lora_lightning.errors import LoraConfigError
+from lora_lightning.injection.names import unwrap
 from lora_lightning.tasks.generate import evaluating
 from lora_lightning.tasks.loss import IGNORED
 from lora_lightning.tasks.packed_attention import NAME
@@ -78,17 +78,6 @@ class Route:
             config._attn_implementation_internal = name
         self._before = []
 
-    @contextmanager
-    def left(self) -> Iterator[None]:
-        """The model's own attention within a block."""
-        was = bool(self._before)
-        self.leave()
-        try:
-            yield
-        finally:
-            if was:
-                self.enter()
-
 
 def block_mask(position_ids: Tensor, dtype: torch.dtype, window: int | None = None) -> Tensor:
     """Which tokens of packed rows see which: those before them, of their own example.
@@ -142,7 +131,7 @@ def find_route(
                 return route
             reasons.append(f"{route.told}: {reason or 'fails in another process'}")
     raise LoraConfigError(
-        f"{type(model).__name__} cannot be trained on packed rows: examples of one row would disturb each other. Set "
+        f"{type(unwrap(model)).__name__} cannot be trained on packed rows: examples of one row would disturb each other. Set "
         f"data.packing=false.\nTried were: " + "\n  ".join(reasons)
     )
 
