@@ -15,18 +15,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import lora_lightning
 from lora_lightning.adapters.fingerprint import fingerprint
 from lora_lightning.adapters.peft_config import from_peft_config, to_peft_config
 from lora_lightning.adapters.peft_names import PREFIX, peft_names, prefix_hint
+from lora_lightning.adapters.tensor_file import is_finite, names_in, read_tensors, write_tensors
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import AdapterError, LoraConfigError
-from lora_lightning.injection import LoraReport, freeze_base, inject_lora, report_of, unload_lora
+from lora_lightning.injection import LoraReport, freeze_base, report_of, unload_lora
+from lora_lightning.injection.inject import inject_unfilled
 from lora_lightning.injection.names import find_root, unwrap
 from lora_lightning.injection.state import (
     adapter_tensors,
@@ -128,8 +127,8 @@ def write_folder(
     _write(folder / CONFIG_FILE, _json(facts.config))
     _write(folder / RECORD_FILE, _json(facts.record))
     if facts.outside:
-        _write_tensors(folder / OUTSIDE_FILE, {name: state[name] for name in facts.outside})
-    _write_tensors(folder / WEIGHTS_FILE, {key: state[name] for name, key in facts.keys.items()})
+        write_tensors(folder / OUTSIDE_FILE, {name: state[name] for name in facts.outside})
+    write_tensors(folder / WEIGHTS_FILE, {key: state[name] for name, key in facts.keys.items()})
     return folder
 
 
@@ -139,7 +138,7 @@ def check_finite(state: Mapping[str, Tensor]) -> None:
     Raises:
         AdapterError: With the names.
     """
-    if bad := sorted(name for name, value in state.items() if not _finite(value)):
+    if bad := sorted(name for name, value in state.items() if not is_finite(value)):
         raise AdapterError(f"not saved, the adapter has values that are not finite: {', '.join(bad[:4])}")
 
 
@@ -162,7 +161,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trainable:
     fresh = not injected_roots(model)
     if fresh:
         try:
-            inject_lora(model, _with_outside(config, folder, model), seed=0)
+            inject_unfilled(model, _with_outside(config, folder, model))
         except LoraConfigError as error:
             raise AdapterError(f"{folder} does not fit this model: {error}") from error
     try:
@@ -225,20 +224,10 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         if (folder / "adapter_model.bin").exists():
             hint = "; adapter_model.bin is a pickle, which is not read here: save it as safetensors with PEFT first"
         raise AdapterError(f"{folder} has no {WEIGHTS_FILE}{hint}")
-    tensors = _read_tensors(path)
+    tensors = read_tensors(path)
     if tensors and not any(key.startswith(PREFIX) for key in tensors):
         warnings.warn(f"{path}: keys lack PEFT's prefix {PREFIX!r}; read as if they had it", stacklevel=3)
         tensors = {PREFIX + key: value for key, value in tensors.items()}
-    return tensors
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path} cannot be read, it is damaged or was cut off: {error}") from error
-    if bad := sorted(name for name, value in tensors.items() if not _finite(value)):
-        raise AdapterError(f"{path} holds values that are not finite (NaN or infinity) in {', '.join(bad[:4])}")
     return tensors
 
 
@@ -247,7 +236,7 @@ def _read_outside(folder: Path, model: nn.Module) -> dict[str, Tensor]:
     path = folder / OUTSIDE_FILE
     if not path.is_file():
         return {}
-    tensors = _read_tensors(path)
+    tensors = read_tensors(path)
     known = lora_state_dict(model).keys()
     if missing := sorted(tensors.keys() - known):
         warnings.warn(
@@ -263,7 +252,7 @@ def _with_outside(config: LoraConfig, folder: Path, model: nn.Module) -> LoraCon
     path = folder / OUTSIDE_FILE
     if not path.is_file():
         return config
-    owners = {name.rpartition(".")[0] for name in _read_tensors(path)}
+    owners = {name.rpartition(".")[0] for name in names_in(path)}
     found = sorted(owners & {name for name, _ in model.named_modules() if name})
     return replace(config, modules_to_save=[*(config.modules_to_save or []), *found]) if found else config
 
@@ -317,10 +306,6 @@ def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
-def _finite(value: Tensor) -> bool:
-    return not value.is_floating_point() or bool(torch.isfinite(value).all())
-
-
 def _json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
@@ -329,8 +314,3 @@ def _write(path: Path, content: bytes) -> None:
     aside = path.with_name(f".{path.name}.tmp")
     aside.write_bytes(content)
     os.replace(aside, path)
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    whole = {name: value.detach().to("cpu").contiguous().clone() for name, value in tensors.items()}
-    _write(path, save(whole, metadata={"format": "pt"}))  # save_file would make a file that only its owner reads

@@ -27,6 +27,7 @@ from lora_lightning.injection.state import (
     trained_in_full,
 )
 from lora_lightning.injection.targets import resolve
+from lora_lightning.injection.together import compute_together
 from lora_lightning.injection.unload import FAST_PATH
 from lora_lightning.layers import LoraLayer, adapt
 
@@ -51,12 +52,17 @@ def inject_lora(model: nn.Module, config: LoraConfig | Mapping[str, Any], *, see
             The model is as it was then.
     """
     config = config if isinstance(config, LoraConfig) else LoraConfig.from_dict(config)
-    seed = default_seed() if seed is None else seed
     with walked_once():
-        return _inject(unwrap(model), config, seed)
+        return _inject(unwrap(model), config, default_seed() if seed is None else seed)
 
 
-def _inject(model: nn.Module, config: LoraConfig, seed: int) -> LoraReport:
+def inject_unfilled(model: nn.Module, config: LoraConfig) -> LoraReport:
+    """As :func:`inject_lora`, with adapters that have no values yet: for one who has them at hand."""
+    with walked_once():
+        return _inject(unwrap(model), config, seed=0, fill=False)
+
+
+def _inject(model: nn.Module, config: LoraConfig, seed: int, *, fill: bool = True) -> LoraReport:
     root = _earlier_root(model, config) or find_root(model)[1]
     plan = resolve(root, config, outside=model)
     before = [name for name, p in root.named_parameters() if p.requires_grad]
@@ -65,8 +71,9 @@ def _inject(model: nn.Module, config: LoraConfig, seed: int) -> LoraReport:
         if isinstance(target.layer, LoraLayer):
             continue
         scaling = config.scaling(target.r, target.lora_alpha)
-        adapt(target.layer, target.r, target.lora_alpha, scaling, config.lora_dropout)
-        initialise(cast("LoraLayer", target.layer), config.init_lora_weights, generator_for(seed, target.name))
+        adapt(target.layer, target.r, target.lora_alpha, scaling, config.lora_dropout, config.variant)
+        if fill:
+            initialise(cast("LoraLayer", target.layer), config.init_lora_weights, generator_for(seed, target.name))
     for module in plan.in_full.values():
         for part in module.modules():
             own = [name for name, _ in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))]
@@ -74,6 +81,7 @@ def _inject(model: nn.Module, config: LoraConfig, seed: int) -> LoraReport:
                 copy_originals(part, own)
     _mark_biases(root, config)
     _leave_fast_path(root)
+    compute_together(root)
     if RECORD not in vars(root):
         vars(root)[RECORD] = Injected(config, seed, tuple(before), statistics=copy_statistics(root))
     freeze_base(model)
@@ -122,7 +130,7 @@ def report_of(model: nn.Module, heads: tuple[str, ...] = (), whole: nn.Module | 
     rows = []
     for name, layer in lora_layers(model):
         sides = layer.lora_sides(layer)
-        weight = layer.lora_A.numel() + layer.lora_B.numel()
+        weight = sum(parameter.numel() for parameter in layer.lora_own.values())
         rows.append(
             LoraRow(name.removeprefix(prefix), layer.lora_kind, sides, layer.lora_r, layer.lora_scaling, weight)
         )
