@@ -24,6 +24,7 @@ from lora_lightning.injection import LoraReport, freeze_rest, inject_lora, lora_
 from lora_lightning.injection.inject import default_seed
 from lora_lightning.injection.state import (
     Injected,
+    adapter_tensors,
     freeze_statistics,
     injected_roots,
     lora_layers,
@@ -42,6 +43,7 @@ from lora_lightning.strategies.chosen import config_for, fold_in_first, target_o
 from lora_lightning.strategies.nonfinite import NonFiniteError
 from lora_lightning.strategies.position import attach_position, resume_position
 from lora_lightning.strategies.products import free_place, local_folder, save_tokenizer
+from lora_lightning.strategies.replaced import check_there, convert_first, keep_marks
 from lora_lightning.strategies.unfreezing import count_held, freeze_again
 from lora_lightning.strategies.window import is_full
 
@@ -114,6 +116,7 @@ class LoraCallback(pl.Callback):
         self._first_step = True
         self._before_validation: dict[str, Any] | None = None
         self._still: dict[str, nn.Module] = {}
+        self._tensors: tuple[str, ...] = ()
 
     @property
     def state_key(self) -> str:
@@ -147,6 +150,9 @@ class LoraCallback(pl.Callback):
     def _inject(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         target = self._target(pl_module)
         fresh = not injected_roots(target)
+        if fresh:
+            convert_first(trainer, pl_module)
+        keep_marks(trainer.strategy)
         config = config_for(target, pl_module, self.config, self.adapter)
         if self.base_adapter is not None:
             fold_in_first(target, config, self.base_adapter)
@@ -157,6 +163,7 @@ class LoraCallback(pl.Callback):
         if self.adapter is not None and record_of(the_root(target)[1]).source != str(Path(self.adapter).resolve()):
             load_adapter(target, self.adapter, trainable=True)
         _state_of(trainer).injected(target, by_callback=fresh)
+        self._tensors = tuple(adapter_tensors(target))
         self._still = freeze_statistics(target) if self.freeze_norm_stats else {}
         if self._still and fresh:
             rank_zero_info(
@@ -197,6 +204,8 @@ class LoraCallback(pl.Callback):
             local_folder(trainer.log_dir or trainer.default_root_dir)  # refused now, not when training is over
         _state_of(trainer).begin_fit()
         target = self._target(pl_module)
+        if self._still:
+            self._still = freeze_statistics(target)  # a strategy may have put others in their place
         asleep = 0
         for _, layer in lora_layers(target):
             asleep += not layer.training
@@ -378,6 +387,7 @@ def _configure_model(callback: LoraCallback, pl_module: pl.LightningModule, call
 
 def _configure_optimizers(callback: LoraCallback, pl_module: pl.LightningModule, call: Callable[[], Any]) -> Any:
     target = callback._target(pl_module)
+    check_there(callback._tensors, adapter_tensors(target).keys(), pl_module.trainer)
     freeze_rest(target)  # parallel plans may have made parameters trainable since
     return keep_trainable(call(), lora_parameters(target), weights_beside(target))
 
