@@ -104,7 +104,7 @@ class Contender:
         if spec.checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.spec = spec
-        self.model: nn.Module = _ADAPT[spec.layer](base, spec).train()
+        self.model: nn.Module = ADAPT[spec.layer](base, spec).train()
         # Our loss asks the transformers model itself, not what PEFT puts around it.
         self.inner: nn.Module = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         same_adapters(self.adapters())
@@ -134,7 +134,7 @@ class Contender:
 
     def adapters(self) -> dict[str, dict[str, nn.Parameter]]:
         """The adapters by the name of their layer: ``A`` (r, in), ``B`` (out, r), and ``m`` (out,) with DoRA."""
-        return dict(_adapters_in(self.inner))
+        return dict(adapters_in(self.inner))
 
     def gradients(self, batch: Any) -> dict[str, Tensor]:
         """Gradients of all adapters for a batch without dropout, by ``layer/A`` and so on; nothing is updated."""
@@ -149,7 +149,8 @@ class Contender:
         return told
 
 
-def _adapters_in(model: nn.Module) -> Iterator[tuple[str, dict[str, nn.Parameter]]]:
+def adapters_in(model: nn.Module) -> Iterator[tuple[str, dict[str, nn.Parameter]]]:
+    """The adapted layers of a model, ours or PEFT's, with their parameters."""
     for name, module in model.named_modules():
         own = getattr(module, "lora_A", None)
         if isinstance(own, nn.Parameter):
@@ -219,7 +220,8 @@ def _nothing(base: nn.Module, spec: Spec) -> nn.Module:
     return base
 
 
-_ADAPT: dict[str, Callable[[nn.Module, Spec], nn.Module]] = {
+# By `Spec.layer`.
+ADAPT: dict[str, Callable[[nn.Module, Spec], nn.Module]] = {
     "ours": _ours,
     "peft": _peft,
     "unsloth": _unsloth,
