@@ -30,6 +30,7 @@ ALIASES = {
     "targets": "target_modules",
     "rslora": "use_rslora",
     "rs_lora": "use_rslora",
+    "dora": "use_dora",
     "exclude": "exclude_modules",
     "init_weights": "init_lora_weights",
 }
@@ -41,8 +42,8 @@ class LoraConfig:
 
     An adapted layer computes :math:`y = W x + s\,B A\,x` with ``A`` of shape ``(r, in_features)``, ``B`` of shape
     ``(out_features, r)`` and the scale ``s = lora_alpha / r`` (``lora_alpha / sqrt(r)`` with ``use_rslora``).
-    Sources: LoRA (arXiv 2106.09685), rsLoRA (arXiv 2312.03732). Field names, meanings and defaults are PEFT's; only
-    ``target_modules`` has a default of its own.
+    Sources: LoRA (arXiv 2106.09685), rsLoRA (arXiv 2312.03732), DoRA (arXiv 2402.09353).
+    Field names, meanings and defaults are PEFT's; only ``target_modules`` has a default of its own.
 
     Args:
         r: Rank of the update, at least 1.
@@ -54,6 +55,9 @@ class LoraConfig:
         modules_to_save: Names of modules that are trained in full and saved with the adapter.
         bias: Which biases train: ``"none"``, ``"all"`` of the model, or those of adapted layers (``"lora_only"``).
         use_rslora: Scale by ``lora_alpha / sqrt(r)``, which stays stable at large ranks.
+        use_dora: Learn the length of each output's weights apart from their direction: :math:`y = m/\|W + s\,B A\|
+            (W + s\,B A)\,x` with one more parameter ``m`` an output (DoRA). A step takes longer; merged it costs
+            nothing. Dropout is on the way to ``A`` alone.
         task_type: ``CAUSAL_LM``, ``SEQ_CLS``, …; ``SEQ_CLS``, ``TOKEN_CLS`` and ``QUESTION_ANS`` train their head too.
         fan_in_fan_out: True where weights are stored ``(in, out)``; taken from the layer where its kind says so.
         layers_to_transform: Only these layer numbers; needs ``target_modules`` as a list.
@@ -80,6 +84,7 @@ class LoraConfig:
     modules_to_save: list[str] | None = None
     bias: str = "none"
     use_rslora: bool = False
+    use_dora: bool = False
     task_type: str | None = None
     fan_in_fan_out: bool = False
     layers_to_transform: int | list[int] | None = None
@@ -132,6 +137,11 @@ class LoraConfig:
         lora_alpha = self.lora_alpha if lora_alpha is None else lora_alpha
         return lora_alpha / (math.sqrt(r) if self.use_rslora else r)
 
+    @property
+    def variant(self) -> str:
+        """The name under which ``lora_lightning.layers.KINDS`` has this config's layers."""
+        return "dora" if self.use_dora else "lora"
+
     def difference(self, other: LoraConfig) -> list[str]:
         """The fields in which two configs differ, as ``'r: 8 here, 16 there'``."""
         mine, theirs = self.to_dict(), other.to_dict()
@@ -154,8 +164,8 @@ class LoraConfig:
             problems.append(f"lora_dropout must be a probability in [0, 1), got {dropout!r}")
         problems += [
             f"{name} must be true or false, got {value!r}"
-            for name, value in (("use_rslora", self.use_rslora), ("fan_in_fan_out", self.fan_in_fan_out))
-            if not isinstance(value, bool)
+            for name in ("use_rslora", "use_dora", "fan_in_fan_out")
+            if not isinstance(value := getattr(self, name), bool)
         ]
         problems += _check_choice("bias", self.bias, BIAS_KINDS)
         if self.task_type is not None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import lora_lightning
 from lora_lightning.adapters.fingerprint import fingerprint
 from lora_lightning.adapters.peft_config import from_peft_config, to_peft_config
-from lora_lightning.adapters.peft_names import PREFIX, peft_names, prefix_hint
+from lora_lightning.adapters.peft_names import PREFIX, as_written_here, peft_names, prefix_hint
 from lora_lightning.adapters.tensor_file import is_finite, names_in, read_tensors, write_tensors
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import AdapterError, LoraConfigError
@@ -228,7 +228,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     if tensors and not any(key.startswith(PREFIX) for key in tensors):
         warnings.warn(f"{path}: keys lack PEFT's prefix {PREFIX!r}; read as if they had it", stacklevel=3)
         tensors = {PREFIX + key: value for key, value in tensors.items()}
-    return tensors
+    return {as_written_here(key): value for key, value in tensors.items()}
 
 
 def _read_outside(folder: Path, model: nn.Module) -> dict[str, Tensor]:

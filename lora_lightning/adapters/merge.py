@@ -1,4 +1,4 @@
-"""Folding an adapter into the base weights: ``W ← W + s · B A``, all of it or nothing."""
+"""Folding an adapter into the base weights: ``W ← W + s · B A`` (DoRA's scaled), all of it or nothing."""
 
 from __future__ import annotations
 
@@ -57,12 +57,14 @@ def fold_in(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 def _merged(layer: LoraLayer) -> Tensor:
     weight = layer.weight
     exact = torch.promote_types(weight.dtype, torch.float32)
-    a, b = layer.lora_A.data, layer.lora_B.data
-    layer.lora_A.data, layer.lora_B.data = a.to(exact), b.to(exact)
+    own = [(parameter, parameter.data) for parameter in layer.lora_own.values()]
+    for parameter, values in own:
+        parameter.data = values.to(exact)
     try:
-        return (weight.to(exact) + spread_like(layer.lora_weight_delta(), weight)).to(weight.dtype)
+        return layer.lora_merged(weight.to(exact), spread_like(layer.lora_weight_delta(), weight)).to(weight.dtype)
     finally:
-        layer.lora_A.data, layer.lora_B.data = a, b
+        for parameter, values in own:
+            parameter.data = values
 
 
 def _finite(tensor: Tensor) -> bool:

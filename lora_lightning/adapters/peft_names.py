@@ -13,6 +13,7 @@ from torch import nn
 from lora_lightning.injection.state import lora_layers, lora_state_dict
 
 PREFIX = "base_model.model."
+_MAGNITUDE = ".lora_magnitude_vector"
 
 
 def peft_names(root: nn.Module) -> dict[str, str]:
@@ -29,7 +30,21 @@ def _peft_name(name: str, adapted: dict[str, str]) -> str:
         if adapted[layer] == "Embedding":
             return f"{layer}.lora_embedding_{local[-1]}"
         return f"{layer}.{local}.weight"
+    if local == "lora_magnitude":
+        return f"{layer}{_MAGNITUDE}.weight"
     return f"{layer}.base_layer.{local}"
+
+
+def as_written_here(key: str) -> str:
+    """A key of a file as :func:`peft_names` spells it.
+
+    PEFT writes DoRA's magnitudes without ``.weight`` and reads them with and without it; transformers reads them only
+    with it.
+
+    >>> as_written_here("base_model.model.q_proj.lora_magnitude_vector")
+    'base_model.model.q_proj.lora_magnitude_vector.weight'
+    """
+    return f"{key}.weight" if key.endswith(_MAGNITUDE) else key
 
 
 def prefix_hint(theirs: Iterable[str], ours: Iterable[str]) -> str:

@@ -26,7 +26,7 @@ def generator_for(seed: int, name: str) -> Generator:
 
 
 def initialise(layer: LoraLayer, how: bool | str, generator: Generator) -> None:
-    """Fill ``lora_A`` and ``lora_B`` as ``init_lora_weights`` says; on the meta device there is nothing to fill."""
+    """Fill ``lora_A`` and ``lora_B`` as ``init_lora_weights`` says, and what follows from them; nothing on meta."""
     if layer.lora_A.is_meta:
         return
     values = INITIALISERS[how](layer, generator)
@@ -36,6 +36,9 @@ def initialise(layer: LoraLayer, how: bool | str, generator: Generator) -> None:
         else:
             with torch.no_grad():
                 parameter.copy_(value)
+    with torch.no_grad():
+        for name, value in layer.lora_derived().items():
+            layer.lora_own[name].copy_(value)
 
 
 def _default(layer: LoraLayer, generator: Generator) -> tuple[Tensor, Tensor]:

@@ -145,6 +145,8 @@ def start_adapters(model: nn.Module, device: torch.device) -> None:
                 values = INITIALISERS[record.config.init_lora_weights](layer, generator_for(record.seed, name))
                 for parameter, value in zip((layer.lora_A, layer.lora_B), values, strict=True):
                     by_id[id(parameter)].fill(value.__getitem__, device, None)
+                for part, value in layer.lora_derived().items():
+                    by_id[id(getattr(layer, part))].fill(value.__getitem__, device, None)
         if any(value.is_meta for value in record.statistics.values()):
             record.statistics = copy_statistics(root)
     for _, module, originals in trained_in_full(model):

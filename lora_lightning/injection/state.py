@@ -89,8 +89,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers that belong to the adapter, by canonical name: low-rank ones and those trained in full."""
     found: dict[str, Tensor] = {}
     for name, layer in lora_layers(model):
-        found[_join(name, "lora_A")] = layer.lora_A
-        found[_join(name, "lora_B")] = layer.lora_B
+        found.update({_join(name, part): parameter for part, parameter in layer.lora_own.items()})
     for name, module, originals in trained_in_full(model):
         found.update({_join(name, local): getattr(module, local) for local in originals})
     return found
@@ -104,7 +103,7 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def weights_beside(model: nn.Module) -> dict[str, Tensor]:
     """The base weight of the layer that a low-rank parameter belongs to, by that parameter's canonical name."""
-    return {_join(name, part): layer.weight for name, layer in lora_layers(model) for part in ("lora_A", "lora_B")}
+    return {_join(name, part): layer.weight for name, layer in lora_layers(model) for part in layer.lora_own}
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -111,7 +111,7 @@ def resolve(root: nn.Module, config: LoraConfig, outside: nn.Module | None = Non
         if id(layer) in taken:
             continue
         taken.add(id(layer))
-        if not isinstance(layer, LoraLayer) and (reason := why_not(layer)) is not None:
+        if not isinstance(layer, LoraLayer) and (reason := _hindrance(layer, config)) is not None:
             problems.append(f"{name or 'the model'} cannot be adapted: {reason}")
         chosen[name] = layer
     if not chosen and not problems:
@@ -132,6 +132,14 @@ def resolve(root: nn.Module, config: LoraConfig, outside: nn.Module | None = Non
     ]
     _warn_wide(targets)
     return Plan(targets, in_full)
+
+
+def _hindrance(layer: nn.Module, config: LoraConfig) -> str | None:
+    """Why a layer cannot be adapted as the config says, with the remedy; None where nothing stands in the way."""
+    kind = kind_of(layer, config.variant)
+    if kind is None:
+        return f"use_{config.variant} does not go with a layer of class {type(layer).__name__}"
+    return why_not(layer) or kind.lora_hindrance(layer)
 
 
 def _meant(root: nn.Module, modules: dict[str, nn.Module], config: LoraConfig, problems: list[str]) -> list[str]:

@@ -57,6 +57,11 @@ class LoraLayer(_Module):
         n_in, n_out = cls.lora_sides(layer)
         return {"lora_A": (r, n_in), "lora_B": (n_out, r)}
 
+    @classmethod
+    def lora_hindrance(cls, layer: nn.Module) -> str | None:
+        """Why a layer cannot have this variant, beside what hinders any; None where nothing does."""
+        return None
+
     @property
     def lora_own(self) -> dict[str, nn.Parameter]:
         """The adapter's parameters by name."""

@@ -6,7 +6,7 @@ Source: DoRA, arXiv 2402.09353.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,22 @@ class DoraLayer(LoraLayer):
     def lora_shapes(cls, layer: nn.Module, r: int) -> dict[str, tuple[int, ...]]:
         """``A``, ``B`` and ``m``."""
         return {**super().lora_shapes(layer, r), "lora_magnitude": (cls.lora_sides(layer)[1],)}
+
+    @classmethod
+    def lora_hindrance(cls, layer: nn.Module) -> str | None:
+        """DoRA needs the norms of the weight, so all of it has to be there, as numbers."""
+        weight = cast("Tensor", layer.weight)
+        if hasattr(weight, "ds_id"):
+            return (
+                "DoRA needs the norms of its weight, which DeepSpeed has split (ZeRO-3): build the model without "
+                "zero.Init, or use ZeRO-2"
+            )
+        if not weight.is_floating_point() or sorted(weight.shape) != sorted(cls.lora_sides(layer)):
+            return (
+                f"DoRA needs the norms of its weight, which is stored as {type(weight).__name__} of "
+                f"{weight.dtype}, {tuple(weight.shape)}: use_dora=False for a quantised base"
+            )
+        return None
 
     def lora_derived(self) -> dict[str, Tensor]:
         """``m`` starts as the norm, so that the layer starts as the base's does."""

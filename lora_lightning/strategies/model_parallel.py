@@ -55,7 +55,7 @@ def _over_data(parameter: Tensor) -> bool:
 
 
 def _follow(layer: LoraLayer) -> None:
-    """Megatron's layout: a weight split by outputs has ``lora_B`` split, one split by inputs ``lora_A``."""
+    """Megatron's layout: a weight split by outputs has ``lora_B`` (and DoRA's ``m``) split, by inputs ``lora_A``."""
     weight = layer.weight
     names = weight.device_mesh.mesh_dim_names or () if isinstance(weight, DTensor) else ()
     if TENSOR not in names or isinstance(layer.lora_A, DTensor):
@@ -64,7 +64,8 @@ def _follow(layer: LoraLayer) -> None:
     along = weight.placements[names.index(TENSOR)]
     linear = isinstance(layer, LoraOverLinear)
     whole = Replicate()
-    for name, split in (("lora_A", Shard(1)), ("lora_B", Shard(0))):
+    for name in layer.lora_parameter_names:
+        split = Shard(1) if name == "lora_A" else Shard(0)  # the others begin with the outputs
         _lay_out(layer, name, mesh, split if linear and along == split else whole)
 
 

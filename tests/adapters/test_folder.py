@@ -190,7 +190,7 @@ DAMAGE = {
         r"does not say which layers are adapted: target_modules is missing or null",
     ),
     "another kind": (lambda f: _edit_config(f, peft_type="IA3"), "type IA3"),
-    "in force": (lambda f: _edit_config(f, use_dora=True, lora_bias=True), r"lora_bias: True\n  - use_dora: True"),
+    "in force": (lambda f: _edit_config(f, use_qalora=True, lora_bias=True), r"lora_bias: True\n  - use_qalora: True"),
     "wrong value": (lambda f: _edit_config(f, r=0), "r must be at least 1"),
     "other layers": (lambda f: _edit_config(f, target_modules=["q_proj"]), "not expected: base_model.model"),
     "unknown layers": (lambda f: _edit_config(f, target_modules=["query"]), "'query' matches nothing"),
@@ -220,7 +220,7 @@ def test_a_folder_that_does_not_fit_is_refused_and_the_model_stays(saved, tokens
 
 def test_settings_that_do_nothing_are_passed_over(saved, tokens, caplog):
     base, model, folder = saved
-    _edit_config(folder, use_dora=False, eva_config=None, megatron_core="megatron.core", loftq_config={})
+    _edit_config(folder, use_qalora=False, eva_config=None, megatron_core="megatron.core", loftq_config={})
     with caplog.at_level("INFO"):
         load_adapter(base, folder)
     assert "passed over, not in force: eva_config" in caplog.text

@@ -1,4 +1,4 @@
-"""The three presets: complete, right for any architecture, and at home in anybody's Hydra app."""
+"""The presets: complete, right for any architecture, and at home in anybody's Hydra app."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hydra_plugins.lora_lightning import alpha_for_rank, learning_rate_for_scale
 from lora_lightning import LoraConfig, inject_lora
 
 PRESETS = Path(lora_lightning.__file__).parent / "presets" / "lora"
-NAMES = ["balanced", "conservative", "high_capacity"]
+NAMES = ["balanced", "conservative", "dora", "high_capacity"]
 ROOT = Path(lora_lightning.__file__).parents[1]
 
 
@@ -41,12 +41,14 @@ def test_a_preset_holds_every_field(composed, name):
         ("conservative", 4, 8, 2, 0.0, False),
         ("balanced", 16, 32, 2, 0.05, False),
         ("high_capacity", 64, 128, 16, 0.0, True),
+        ("dora", 16, 32, 2, 0.05, False),
     ],
 )
 def test_the_presets_are_the_patterns_of_the_field(composed, name, r, alpha, scale, dropout, rslora):
     config = LoraConfig.from_dict(composed(f"lora={name}").lora)
     assert (config.r, config.lora_alpha, config.lora_dropout, config.use_rslora) == (r, alpha, dropout, rslora)
     assert config.scaling() == scale
+    assert config.use_dora == (name == "dora")
 
 
 @pytest.mark.parametrize("name", NAMES)
