@@ -18,6 +18,7 @@ _HOMES = {
     "LoraConfigError": "errors",
     "LoraReport": "injection",
     "SaveOnSignal": "stopping",
+    "causal_lm_loss": "tasks.loss",
     "inject_lora": "injection",
     "load_adapter": "adapters",
     "load_base": "adapters",
@@ -37,6 +38,7 @@ __all__ = [
     "LoraConfigError",
     "LoraReport",
     "SaveOnSignal",
+    "causal_lm_loss",
     "inject_lora",
     "load_adapter",
     "load_base",
@@ -66,5 +68,6 @@ if TYPE_CHECKING:
         unload_lora,
     )
     from lora_lightning.stopping import SaveOnSignal
+    from lora_lightning.tasks.loss import causal_lm_loss
 
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from lora_lightning.layers.functional import PLAIN, transformed
 
 # Logits of one chunk. On a CPU more than this leaves the caches and meets page faults; on a GPU the products are at
 # full speed from about a thousand rows on.
@@ -41,6 +43,9 @@ class Form(NamedTuple):
         return scaled if self.softcap is None else (scaled / self.softcap).tanh() * self.softcap
 
 
+PLAIN_FORM = Form()
+
+
 class HeadLora(NamedTuple):
     """A low-rank update of a head, ``s · (drop(x) Aᵀ) Bᵀ``."""
 
@@ -56,7 +61,7 @@ def linear_cross_entropy(
     bias_V: Tensor | None,
     targets_K: Tensor,
     *,
-    form: Form = Form(),
+    form: Form = PLAIN_FORM,
     label_smoothing: float = 0.0,
     lora: HeadLora | None = None,
     rows_at_once: int | None = None,
@@ -89,7 +94,8 @@ def linear_cross_entropy(
         a_RD, b_VR = lora.a_RD.to(x_KD.dtype), lora.b_VR.to(x_KD.dtype)
         u_KR = F.linear(F.dropout(x_KD, lora.dropout), a_RD) * lora.scaling
     head = _Head(x_KD, weight_VD, bias_V, u_KR, b_VR)
-    if _must_compose(head):
+    # Where the dtypes differ, F.linear says what is wrong.
+    if unseen() or not is_plain(*head) or x_KD.dtype != weight_VD.dtype:
         return _composed(head, targets_K, form, label_smoothing)
     rows = rows_at_once or _rows_at_once(x_KD, len(weight_VD), form)
     settings = _Settings(form, label_smoothing, rows)
@@ -271,16 +277,14 @@ def _has_liger() -> bool:
     return importlib.util.find_spec("liger_kernel") is not None
 
 
-def _must_compose(head: _Head) -> bool:
-    """Whether someone has to see plain operations: tracers, transforms, tensors that bring operations of their own."""
-    transforms = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or transforms()
-        or any(t is not None and type(t) not in (Tensor, nn.Parameter) for t in head)
-        or head.x_KD.dtype != head.weight_VD.dtype  # F.linear says what is wrong
-    )
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether tensors are torch's own and no subclass (DTensor, quantised) that brings operations along."""
+    return all(t is None or type(t) in PLAIN for t in tensors)
+
+
+def unseen() -> bool:
+    """Whether what is computed now is only recorded, or transformed as a whole (``torch.compile``, ``torch.func``)."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed()
 
 
 def _composed(head: _Head, targets_K: Tensor, form: Form, label_smoothing: float) -> Tensor:

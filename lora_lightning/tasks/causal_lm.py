@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lora_lightning.tasks.base import Task
 from lora_lightning.tasks.generate import generate_text
-from lora_lightning.tasks.loss import LossSum, causal_lm_loss, token_losses
+from lora_lightning.tasks.loss import IGNORED, LossSum, causal_lm_loss, token_losses
 from lora_lightning.tasks.model import load_model, load_tokenizer
 from lora_lightning.tasks.model_config import ModelConfig
 from lora_lightning.tasks.packing import Route, find_route, is_packed
@@ -25,9 +25,9 @@ class CausalLM(Task):
 
     A batch is a mapping of ``input_ids``, ``attention_mask`` and ``labels``, each (B, T), right-padded;
     ``labels[b, t]`` is the label of token t itself, -100 where it is not trained. Of packed rows, ``position_ids``
-    (B, T), 0 where an example begins, takes the place of the mask, and examples do not see each other. Logs ``train_loss`` (the mean over
-    an optimizer step), ``tokens_per_second``, ``val_loss`` and ``test_loss`` (means over all labels) and the
-    perplexities, which are their exponentials.
+    (B, T), 0 where an example begins, takes the place of the mask, and examples do not see each other. Logs
+    ``train_loss`` (the mean over an optimizer step), ``tokens_per_second``, ``val_loss`` and ``test_loss`` (means over
+    all labels) and the perplexities, which are their exponentials.
 
     Args:
         model: The base model: its name, or the fields of a `ModelConfig`.
@@ -107,8 +107,7 @@ class CausalLM(Task):
             self._leave_route()
 
     def _losses_in_order(self, batch: Mapping[str, Tensor]) -> Tensor:
-        losses_BK, trained_BK, *_ = token_losses(self.model, batch)
-        return losses_BK[trained_BK]
+        return token_losses(self.model, batch).losses_K
 
     def _leave_route(self) -> None:
         if self._route is not None:
@@ -145,5 +144,8 @@ class CausalLM(Task):
         if isinstance(batch, (list, tuple)):
             return self.generate_text(list(batch))
         with torch.no_grad(), self._as_the_model_takes_it(batch) as ready:
-            losses_BK, trained_BK, _ = token_losses(self.model, ready)
-        return losses_BK.sum(dim=1) / trained_BK.sum(dim=1)
+            losses_K = token_losses(self.model, ready).losses_K
+        rows_K = (batch["labels"][:, 1:] != IGNORED).nonzero()[:, 0].to(losses_K.device)
+        sums = losses_K.new_zeros(2, len(batch["labels"]))
+        losses_B, counts_B = sums.index_add_(1, rows_K, torch.stack([losses_K, torch.ones_like(losses_K)]))
+        return losses_B / counts_B
