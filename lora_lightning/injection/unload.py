@@ -20,6 +20,7 @@ from lora_lightning.injection.state import (
     the_root,
     trained_in_full,
 )
+from lora_lightning.injection.together import compute_apart
 from lora_lightning.layers import plain_class, restore
 
 FAST_PATH = "_lora_fast_path"
@@ -95,6 +96,7 @@ def remove_adapter(model: nn.Module) -> None:
             )
     for layer in layers.values():
         restore(layer)
+    compute_apart(model)
     for module in model.modules():
         vars(module).pop(ORIGINALS, None)
         if FAST_PATH in vars(module):

@@ -156,7 +156,7 @@ class Needs(NamedTuple):
 
 def backward_of(
     dys: Sequence[Tensor | None],
-    x: Tensor,
+    x: Any,
     dropped: Tensor | None,
     xa: Sequence[Tensor],
     dropout: float,
@@ -171,7 +171,7 @@ def backward_of(
 
     Args:
         dys: ``(T, out)`` each; None where a layer's output was not used.
-        x: ``(T, in)``; not looked at where no weight and no ``A`` wants a gradient.
+        x: ``(T, in)``; may be None where no weight and no ``A`` wants a gradient.
         dropped: As it was drawn.
         xa: ``kept(x) Aᵀ`` of each layer, ``(T, r)``.
         dropout: The probability ``p``.
@@ -240,7 +240,8 @@ def saved(layers: Sequence[Adapted], needs_x: bool, needs: Sequence[Needs]) -> l
 
 def grouped(tensors: Sequence[Any], scalings: Sequence[float]) -> list[Adapted]:
     """Layers again, from a flat list of weight, bias, ``A`` and ``B`` of each."""
-    return [Adapted(*tensors[4 * place : 4 * place + 4], scaling) for place, scaling in enumerate(scalings)]
+    parts = (tensors[4 * place : 4 * place + 4] for place in range(len(scalings)))
+    return [Adapted(weight, bias, a, b, scaling) for (weight, bias, a, b), scaling in zip(parts, scalings, strict=True)]
 
 
 def needs_of(wanted: Sequence[bool]) -> list[Needs]:

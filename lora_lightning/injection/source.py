@@ -1,0 +1,97 @@
+"""What the source of a module's forward says of it: which parts it calls on one input, and which formula it is.
+
+Reading is exact where trying out on numbers would only be likely. A class whose source is not at hand says nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+
+@cache
+def called_on_one_input(kind: type) -> tuple[tuple[str, ...], ...]:
+    """Names of the parts that a forward calls, always and in this order, on one and the same variable.
+
+    >>> class Attention(nn.Module):
+    ...     def forward(self, x, other=None):
+    ...         q, k = self.q(x), self.k(x)
+    ...         return self.o(q + k + (self.v(x) if other is None else self.v(other)))
+    >>> called_on_one_input(Attention)  # doctest: +SKIP
+    (('q', 'k'),)
+    """
+    forward = _forward(kind)
+    if forward is None:
+        return ()
+    times: dict[str, int] = {}  # how often a variable has been given a value
+    found: dict[tuple[str, int], list[str]] = {}
+    for statement in forward.body:
+        simple = isinstance(statement, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Return))
+        if simple:
+            for part, variable in _calls(statement):
+                found.setdefault((variable, times.get(variable, 0)), []).append(part)
+        elif any(isinstance(node, ast.Return) for node in ast.walk(statement)):
+            break  # what follows is not always reached
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, (ast.Store, ast.Del)):
+                times[node.id] = times.get(node.id, 0) + 1
+    return tuple(tuple(parts) for parts in found.values() if len(parts) > 1 and len(set(parts)) == len(parts))
+
+
+@cache
+def is_formula(kind: type, formula: str) -> bool:
+    """Whether a class's forward is, but for the names of its variables, the function given as text."""
+    forward = _forward(kind)
+    return forward is not None and _nameless(forward) == _nameless(_parse(formula))
+
+
+def _forward(kind: Any) -> ast.FunctionDef | None:
+    try:
+        return _parse(inspect.getsource(inspect.unwrap(kind.forward)))
+    except (OSError, TypeError, SyntaxError):  # written in C, typed in by hand, shipped without its source
+        return None
+
+
+def _parse(text: str) -> ast.FunctionDef | None:
+    tree = ast.parse(textwrap.dedent(text)).body[0]
+    return tree if isinstance(tree, ast.FunctionDef) else None
+
+
+def _calls(node: ast.AST) -> Iterator[tuple[str, str]]:
+    """``self.part(variable)`` in a statement, in the order of evaluation; not those that may be left out."""
+    if isinstance(node, (ast.IfExp, ast.BoolOp, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
+        return
+    for child in ast.iter_child_nodes(node):
+        yield from _calls(child)
+    if (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and isinstance(node.func.value, ast.Name)
+        and node.func.value.id == "self"
+        and [type(argument) for argument in node.args] == [ast.Name]
+        and not node.keywords
+    ):
+        yield node.func.attr, node.args[0].id  # type: ignore[attr-defined]
+
+
+def _nameless(forward: ast.FunctionDef | None) -> str:
+    """The body's text, with variables numbered as they come and ``y = …; return y`` as ``return …``."""
+    if forward is None:
+        return ""
+    body = list(forward.body)
+    if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        body = body[1:]
+    match body:
+        case [*_, ast.Assign(targets=[ast.Name(id=name)], value=value), ast.Return(value=ast.Name(id=returned))] if (
+            name == returned
+        ):
+            body = [*body[:-2], ast.Return(value=value)]
+    numbers: dict[str, str] = {argument.arg: f"v{place}" for place, argument in enumerate(forward.args.args)}
+    for node in (node for statement in body for node in ast.walk(statement)):
+        if isinstance(node, ast.Name) and (node.id in numbers or isinstance(node.ctx, ast.Store)):
+            node.id = numbers.setdefault(node.id, f"v{len(numbers)}")
+    return "\n".join(ast.unparse(statement) for statement in body)

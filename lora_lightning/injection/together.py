@@ -1,0 +1,88 @@
+"""What is computed together around adapted layers: layers on one input, gated blocks, frozen norms.
+
+Nothing is wrapped: groups are noted on the layers, and blocks change their class to a subclass of it, as the layers do.
+Which ones fit is read in the source of their class. The results are those of each computed by itself.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import nn
+
+from lora_lightning.injection.names import canonical_modules
+from lora_lightning.injection.source import called_on_one_input, is_formula
+from lora_lightning.layers import LoraLinear, plain_class
+from lora_lightning.layers.gated import FORMULA, LoraGated, activation_of
+from lora_lightning.layers.group import LoraGroup
+from lora_lightning.layers.hazards import why_not
+from lora_lightning.layers.made import made_class
+from lora_lightning.layers.norm import FORMULAS, LoraNorm, LoraNormRoundingLast
+
+
+def compute_together(root: nn.Module) -> None:
+    """Find, below ``root``, what can be computed together, and let it be."""
+    modules = [module for _, module in canonical_modules(root)]
+    parents = Counter(id(child) for module in modules for child in module._modules.values())
+    for module in modules:
+        if plain_class(module) is not None:
+            continue  # a layer, or done already
+        if module._modules:
+            _group(module, parents)
+        if _is_gated(module):
+            module.__class__ = made_class(LoraGated, type(module))  # type: ignore[assignment]
+        elif _is_norm(module) and (over := _norm_over(type(module))) is not None:
+            module.__class__ = made_class(over, type(module))  # type: ignore[assignment]
+
+
+def compute_apart(root: nn.Module) -> None:
+    """Undo :func:`compute_together`; layers leave their groups when they lose their adapters."""
+    for module in root.modules():
+        plain = plain_class(module)
+        if plain is not None and isinstance(module, (LoraGated, LoraNorm)):
+            module.__class__ = plain  # type: ignore[assignment]
+
+
+def _group(parent: nn.Module, parents: Counter[int]) -> None:
+    if sum(_computes_itself(child) for child in parent._modules.values()) < 2:
+        return
+    for names in called_on_one_input(type(parent)):
+        layers = [child for child in map(parent._modules.get, names) if isinstance(child, LoraLinear)]
+        # A layer that has another parent too may be called without the rest of its group.
+        layers = [
+            layer for layer in layers if _computes_itself(layer) and not layer.lora_group and parents[id(layer)] == 1
+        ]
+        if len(layers) > 1 and len({layer.in_features for layer in layers}) == 1:
+            group = LoraGroup(layers)
+            for layer in layers:
+                vars(layer)["lora_group"] = group
+
+
+def _computes_itself(layer: nn.Module | None) -> bool:
+    return getattr(type(layer), "forward", None) is LoraLinear.forward
+
+
+def _is_gated(module: nn.Module) -> bool:
+    parts = [module._modules.get(name) for name in ("gate_proj", "up_proj", "down_proj")]
+    return (
+        all(map(_computes_itself, parts))
+        and activation_of(module._modules.get("act_fn")) is not None
+        and why_not(module) is None
+        and is_formula(type(module), FORMULA)
+    )
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return (
+        not module._modules
+        and list(module._parameters) == ["weight"]
+        and hasattr(module, "variance_epsilon")
+        and why_not(module) is None
+    )
+
+
+def _norm_over(kind: type[nn.Module]) -> type[LoraNorm] | None:
+    for formula, rounds_last in FORMULAS.items():
+        if is_formula(kind, formula):
+            return LoraNormRoundingLast if rounds_last else LoraNorm
+    return None

@@ -1,0 +1,148 @@
+"""Gated feed-forward blocks, ``down(act(gate(x)) · up(x))``, whose three layers are adapted: one step of autograd.
+
+Of the three wide tensors in between (gate, up and their product) two are kept for backward and the third is made again,
+where composed operations keep four.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
+
+from lora_lightning.layers.functional import (
+    PLAIN,
+    backward_of,
+    forward_of,
+    grouped,
+    in_one_dtype,
+    needs_of,
+    saved,
+)
+from lora_lightning.layers.group import at_once
+from lora_lightning.layers.linear import LoraLinear
+
+FORMULA = "def forward(self, x): return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
+"""What the forward of a class says to which :class:`LoraGated` may be put over."""
+
+
+class LoraGated(nn.Module):
+    """A gated feed-forward block as one function, where nobody looks at what is in between; else as its class has it.
+
+    Attributes:
+        gate_proj: ``(..., d) -> (..., f)``.
+        up_proj: ``(..., d) -> (..., f)``.
+        down_proj: ``(..., f) -> (..., d)``.
+        act_fn: The activation.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """``(..., d) -> (..., d)``."""
+        layers = cast("tuple[LoraLinear, ...]", (self.gate_proj, self.up_proj, self.down_proj))
+        activation = activation_of(cast("nn.Module", self.act_fn))
+        plain = not kwargs and len(args) == 1 and type(args[0]) in PLAIN
+        if activation is None or not plain or not _unobserved(self, layers):
+            return super().forward(*args, **kwargs)
+        x, adapted = in_one_dtype(args[0], [layer.lora_tensors for layer in layers])
+        tensors = [tensor for layer in adapted for tensor in layer[:4]]
+        scalings = tuple(layer.scaling for layer in adapted)
+        return _Gated.apply(x, layers[0]._active_dropout, activation, scalings, *tensors)
+
+
+def _unobserved(block: nn.Module, layers: tuple[LoraLinear, ...]) -> bool:
+    act = cast("nn.Module", block.act_fn)
+    return (
+        all(type(layer).forward is LoraLinear.forward and not layer._forward_hooks for layer in layers)
+        and not (act._forward_hooks or act._forward_pre_hooks or act._backward_hooks or act._backward_pre_hooks)
+        and not _has_any_global_hook()
+        and at_once(layers)
+    )
+
+
+class Activation(NamedTuple):
+    """An activation ``a(x)`` and ``dx`` of ``(dy, x)``."""
+
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
+
+
+def _gelu(approximate: str) -> Activation:
+    return Activation(
+        functools.partial(F.gelu, approximate=approximate),
+        functools.partial(torch.ops.aten.gelu_backward, approximate=approximate),
+    )
+
+
+_SILU = Activation(F.silu, torch.ops.aten.silu_backward)
+_GELU = {approximate: _gelu(approximate) for approximate in ("none", "tanh")}
+
+
+def activation_of(module: nn.Module | None) -> Activation | None:
+    """The function that an activation module of torch or transformers is; None where it is not known."""
+    kind = type(module)
+    theirs = sys.modules.get("transformers.activations")
+    if kind is nn.SiLU or kind is getattr(theirs, "SiLUActivation", None):
+        return _SILU
+    if kind is nn.GELU:
+        return _GELU[module.approximate]  # type: ignore[index]
+    if kind in (getattr(theirs, "GELUTanh", None), getattr(theirs, "PytorchGELUTanh", None)):
+        act = getattr(module, "act", None)
+        if isinstance(act, functools.partial) and act.func is F.gelu and act.keywords == {"approximate": "tanh"}:
+            return _GELU["tanh"]
+    return None
+
+
+class _Gated(torch.autograd.Function):
+    """Shapes: ``x`` and ``y`` ``(T, d)``; ``gate``, ``up`` and their product ``h`` ``(T, f)``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dropout: float,
+        activation: Activation,
+        scalings: tuple[float, ...],
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        layers = grouped(tensors, scalings)
+        x_flat = x.reshape(-1, x.shape[-1])
+        (gate, up), dropped, xa = forward_of(x_flat, dropout, layers[:2])
+        h = activation.forward(gate).mul_(up)
+        (y,), dropped_h, ha = forward_of(h, dropout, layers[2:])
+        ctx.dropout, ctx.activation, ctx.scalings, ctx.leading = dropout, activation, scalings, x.shape[:-1]
+        ctx.save_for_backward(
+            x, gate, up, dropped, dropped_h, *xa, *ha, *saved(layers, True, needs_of(ctx.needs_input_grad[4:]))
+        )
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, gate, up, dropped, dropped_h, *rest = ctx.saved_tensors
+        xa, layers = rest[:3], grouped(rest[3:], ctx.scalings)
+        needs = needs_of(ctx.needs_input_grad[4:])
+        acted = ctx.activation.forward(gate)
+        dh, down_grads = backward_of(
+            [dy.reshape(-1, dy.shape[-1])], acted * up, dropped_h, xa[2:], ctx.dropout, layers[2:], True, needs[2:]
+        )
+        assert dh is not None
+        dup = acted.mul_(dh)
+        dgate = ctx.activation.backward(dh.mul_(up), gate)
+        x_flat = x.reshape(-1, x.shape[-1])
+        dx, grads = backward_of(
+            [dgate, dup], x_flat, dropped, xa[:2], ctx.dropout, layers[:2], ctx.needs_input_grad[0], needs[:2]
+        )
+        return (
+            dx if dx is None else dx.view(*ctx.leading, dx.shape[-1]),
+            None,
+            None,
+            None,
+            *(grad for layer in (*grads, *down_grads) for grad in layer),
+        )

@@ -1,0 +1,77 @@
+"""Root-mean-square normalisation with a frozen weight: the input and one number a row are kept, not three copies.
+
+Source: *Root Mean Square Layer Normalization*, arXiv 1910.07467, as the models of transformers write it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lora_lightning.layers.functional import PLAIN, transformed
+
+_BODY = """def forward(self, x):
+    dtype = x.dtype
+    x = x.to(torch.float32)
+    variance = x.pow(2).mean(-1, keepdim=True)
+    x = x * torch.rsqrt(variance + self.variance_epsilon)
+    return """
+FORMULAS = {f"{_BODY}self.weight * x.to(dtype)": False, f"{_BODY}(self.weight * x).to(dtype)": True}
+"""What the forward of a class says to which one of the norms here may be put over, and whether it rounds last."""
+
+
+class LoraNorm(nn.Module):
+    """Normalises as its class does, to the bit; in backward it computes with what it kept."""
+
+    weight: Tensor
+    variance_epsilon: float
+    lora_rounds_last = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """``(..., d) -> (..., d)``."""
+        if (
+            kwargs
+            or len(args) != 1
+            or type(args[0]) not in PLAIN
+            or type(self.weight) not in PLAIN
+            or args[0].dtype == torch.float64  # theirs rounds to single precision on the way
+            or not (torch.is_grad_enabled() and args[0].requires_grad)
+            or self.weight.requires_grad
+            or torch.compiler.is_compiling()
+            or transformed()
+        ):
+            return super().forward(*args, **kwargs)
+        return _Norm.apply(args[0], self.weight, self.variance_epsilon, self.lora_rounds_last)
+
+
+class LoraNormRoundingLast(LoraNorm):
+    """The same where the product with the weight is taken before rounding to the input's dtype."""
+
+    lora_rounds_last = True
+
+
+class _Norm(torch.autograd.Function):
+    """``y = x ρ w`` with ``ρ = 1/√(mean(x²) + ε)`` and ``dx = ρ (w dy - x ρ² mean(w dy x))``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, rounds_last: bool) -> Tensor:
+        wide = x.to(torch.float32)
+        rho = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)  # (..., 1)
+        ctx.save_for_backward(x, weight, rho)
+        normal = wide * rho
+        if normal.dtype == x.dtype == weight.dtype:
+            return normal.mul_(weight)
+        return (weight * normal).to(x.dtype) if rounds_last else weight * normal.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        x, weight, rho = ctx.saved_tensors
+        wide = x.to(torch.float32)
+        wdy = dy.to(torch.float32) * weight
+        along = torch.linalg.vecdot(wdy, wide).unsqueeze(-1)
+        along *= rho.pow(3) / -x.shape[-1]
+        return wdy.mul_(rho).addcmul_(wide, along).to(x.dtype), None, None, None

@@ -1,0 +1,319 @@
+"""Layers computed together give what each gives by itself, and step back where anyone could notice."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from lora_lightning import LoraConfig, inject_lora, lora_disabled, unload_lora
+from lora_lightning.injection.together import compute_apart
+from lora_lightning.layers.gated import LoraGated
+from lora_lightning.layers.group import LoraGroup, dissolve
+from lora_lightning.layers.norm import LoraNorm
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 60,
+    "head_dim": 8,
+    "pad_token_id": 0,
+}
+
+
+def _model(kind="llama", dropout=0.0, seed=0, **options):
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(SIZES | options)))
+    inject_lora(model, LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout), seed=0)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            nn.init.normal_(parameter, std=0.1)
+    return model.train()
+
+
+def _apart(model):
+    """A copy in which every layer computes for itself."""
+    model = copy.deepcopy(model)
+    compute_apart(model)
+    for module in model.modules():
+        dissolve(module)
+    assert not any(isinstance(module, (LoraGated, LoraNorm)) for module in model.modules())
+    assert not any(getattr(module, "lora_group", None) for module in model.modules())
+    return model
+
+
+def _ids(rows=3, length=11):
+    return torch.randint(1, 60, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def _gradients(model, ids=None, **inputs):
+    model.zero_grad()
+    ids = _ids() if ids is None else ids
+    logits = model(input_ids=ids, use_cache=False, **inputs).logits
+    logits.float().square().mean().backward()
+    return logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _assert_equal(model, other, **tolerances):
+    torch.manual_seed(0)  # for the dropout of the base
+    logits, gradients = _gradients(model)
+    torch.manual_seed(0)
+    expected, wanted = _gradients(other)
+    torch.testing.assert_close(logits, expected, **tolerances)
+    assert gradients.keys() == wanted.keys()
+    for name in gradients:
+        torch.testing.assert_close(gradients[name], wanted[name], msg=name, **tolerances)
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama", "qwen2", "qwen3", "gemma", "gemma2", "mistral", "phi", "cohere", "opt", "olmo2"]
+)
+def test_outputs_and_gradients_are_those_of_each_layer_by_itself(kind):
+    model = _model(kind).double()
+    _assert_equal(model, _apart(model), rtol=1e-8, atol=1e-10)
+
+
+def test_what_is_computed_together_in_a_llama():
+    model = _model()
+    block = model.model.layers[0]
+    attention = block.self_attn
+    assert attention.q_proj.lora_group is attention.k_proj.lora_group is attention.v_proj.lora_group
+    assert attention.q_proj.lora_group.members == (attention.q_proj, attention.k_proj, attention.v_proj)
+    assert attention.o_proj.lora_group is None
+    assert isinstance(block.mlp, LoraGated)
+    assert isinstance(block.mlp, type(_apart(model).model.layers[0].mlp))
+    assert isinstance(block.input_layernorm, LoraNorm)
+    assert isinstance(model.model.norm, LoraNorm)
+
+
+def test_float32_outputs_are_the_base_models_to_the_bit_before_training():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES))
+    before = model(_ids()).logits
+    inject_lora(model, LoraConfig(r=4), seed=0)
+    assert torch.equal(model(_ids()).logits, before)
+    with torch.inference_mode():
+        assert torch.equal(model(_ids()).logits, before)
+    with lora_disabled(model):
+        assert torch.equal(model(_ids()).logits, before)
+    unload_lora(model)
+    assert torch.equal(model(_ids()).logits, before)
+    assert type(model.model.layers[0].mlp).__module__.startswith("transformers.")
+    assert type(model.model.norm).__module__.startswith("transformers.")
+
+
+def test_bfloat16_outputs_are_the_base_models_to_the_bit_before_training():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES)).bfloat16()
+    before = model(_ids()).logits
+    inject_lora(model, LoraConfig(r=4), seed=0)
+    assert torch.equal(model(_ids()).logits, before)
+
+
+def test_dropout_is_in_force_and_is_drawn_once_for_a_group():
+    model = _model(dropout=0.1)
+    torch.manual_seed(0)
+    first, _ = _gradients(model)
+    second, _ = _gradients(model)
+    torch.manual_seed(0)
+    again, _ = _gradients(model)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(_ids()).logits, model(_ids()).logits)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_repeats_the_same_dropout(reentrant):
+    model = _model(dropout=0.1)
+    torch.manual_seed(0)
+    logits, gradients = _gradients(model)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_())
+    torch.manual_seed(0)
+    again, wanted = _gradients(model)
+    assert torch.equal(logits, again)
+    for name in gradients:
+        torch.testing.assert_close(gradients[name], wanted[name], msg=name)
+
+
+def test_a_hook_that_changes_an_input_is_heeded():
+    model = _model()
+    attention = model.model.layers[0].self_attn
+    for name in ("q_proj", "k_proj", "v_proj"):
+        changed = _apart(model)
+        for one in (model, changed):
+            layer = getattr(one.model.layers[0].self_attn, name)
+            layer.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+        _assert_equal(model, changed)
+        getattr(attention, name)._forward_pre_hooks.clear()
+
+
+@pytest.mark.parametrize("part", ["gate_proj", "up_proj", "down_proj", "act_fn"])
+@pytest.mark.parametrize("kind", ["forward", "full_backward", "global"])
+def test_hooks_within_a_gated_block_are_called(part, kind):
+    model = _model()
+    layer = getattr(model.model.layers[0].mlp, part)
+    seen = []
+
+    def note(module, *_):
+        if module is layer:
+            seen.append(module)
+
+    if kind == "forward":
+        handle = layer.register_forward_hook(note)
+    elif kind == "full_backward":
+        handle = layer.register_full_backward_hook(note)
+    else:
+        handle = nn.modules.module.register_module_forward_hook(note)
+    _gradients(model)
+    handle.remove()
+    assert len(seen) == 1
+
+
+def test_a_gated_block_takes_its_input_by_name_and_says_what_is_wrong_as_its_class_does():
+    block = _model().model.layers[0].mlp
+    x = torch.randn(2, 3, 32)
+    assert torch.equal(block(x=x), block(x))
+    with pytest.raises(TypeError):
+        block(x, x)
+    with pytest.raises(TypeError):
+        block(y=x)
+    with pytest.raises(TypeError):
+        block()
+
+
+def test_an_activation_replaced_by_another_is_used():
+    model = _model()
+    for layer in model.model.layers:
+        layer.mlp.act_fn = nn.ReLU()
+    _assert_equal(model, _apart(model))
+
+
+def test_layers_of_which_some_are_switched_off_frozen_or_dropped_differently():
+    model = _model()
+    first, second = (layer.self_attn for layer in model.model.layers)
+    first.k_proj.lora_enabled = False
+    second.v_proj.lora_B.requires_grad_(False)
+    model.model.layers[0].mlp.up_proj.lora_enabled = False
+    model.model.layers[1].mlp.gate_proj.lora_A.requires_grad_(False)
+    _assert_equal(model, _apart(model))
+
+
+def test_a_layer_called_by_itself_or_on_another_input_computes_for_itself():
+    model = _model()
+    attention, alone = model.model.layers[0].self_attn, _apart(model).model.layers[0].self_attn
+    x, y = torch.randn(2, 5, 32), torch.randn(2, 5, 32)
+    torch.testing.assert_close(attention.k_proj(x), alone.k_proj(x))
+    attention.q_proj(x)
+    torch.testing.assert_close(attention.k_proj(y), alone.k_proj(y))
+    attention.q_proj(x)
+    x.mul_(2)
+    torch.testing.assert_close(attention.k_proj(x), alone.k_proj(x))
+
+
+def test_cross_attention_with_checkpointing():
+    config = AutoConfig.for_model(
+        "bart", d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=48, decoder_ffn_dim=48, vocab_size=60, dropout=0.0, attention_dropout=0.0, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModel.from_config(config)
+    inject_lora(model, LoraConfig(r=2, lora_dropout=0.1), seed=0)
+    model.train()
+    results = []
+    for enabled in (False, True):
+        if enabled:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(0)
+        model.zero_grad()
+        model(input_ids=_ids(), decoder_input_ids=_ids(3, 7), use_cache=False).last_hidden_state.sum().backward()
+        results.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for name, grad in results[0].items():
+        torch.testing.assert_close(grad, results[1][name], msg=name)
+
+
+def test_copies_and_pickles_stay_together_and_hold_nothing_of_a_forward():
+    model = _model()
+    attention = model.model.layers[0].self_attn
+    attention.q_proj(torch.randn(2, 5, 32))  # the others' outputs wait
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        group = other.model.layers[0].self_attn.q_proj.lora_group
+        assert isinstance(group, LoraGroup)
+        assert group.members[1] is other.model.layers[0].self_attn.k_proj
+        assert group._waiting is None
+        _assert_equal(other, _apart(model))
+
+
+def test_torch_func_and_compile_go_through_a_whole_model():
+    model = _model().eval()
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(values):
+        return torch.func.functional_call(model, values, (_ids(),), {"use_cache": False}).logits.square().mean()
+
+    got = torch.func.grad(loss)(trained)
+    _, expected = _gradients(model)
+    for name in got:
+        torch.testing.assert_close(got[name], expected[name], msg=name)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(compiled(_ids(), use_cache=False).logits, model(_ids(), use_cache=False).logits)
+
+
+def test_autocast_gives_what_layers_by_themselves_give():
+    model = _model()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _assert_equal(model, _apart(model), rtol=2e-2, atol=2e-3)
+
+
+def test_a_layer_with_two_parents_is_in_no_group():
+    class Two(nn.Module):
+        def __init__(self, k):
+            super().__init__()
+            self.q, self.k = nn.Linear(4, 4), k
+
+        def forward(self, x):
+            return self.q(x) + self.k(x)
+
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(Two(shared), Two(shared))
+    inject_lora(model, LoraConfig(r=2), seed=0)
+    assert shared.lora_group is None
+
+
+def test_fewer_bytes_are_saved_than_by_layers_by_themselves():
+    def saved(model):
+        total = {}
+        known = {p.data_ptr() for p in model.parameters()}
+
+        def note(tensor):
+            if tensor.data_ptr() not in known:
+                total[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            out = model(_ids(8, 40), use_cache=False).logits
+        del out
+        return sum(total.values())
+
+    model = _model(dropout=0.05)
+    assert saved(model) < 0.9 * saved(_apart(model))
+
+
+def test_checkpoint_of_a_single_block_by_hand():
+    model = _model(dropout=0.1)
+    block, x = model.model.layers[0].mlp, torch.randn(2, 5, 32, requires_grad=True)
+    torch.manual_seed(0)
+    (plain,) = torch.autograd.grad(block(x).square().sum(), x)
+    torch.manual_seed(0)
+    (again,) = torch.autograd.grad(checkpoint(block, x, use_reentrant=False).square().sum(), x)
+    assert torch.equal(plain, again)
