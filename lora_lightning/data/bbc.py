@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import Unpack
 
 from lora_lightning.data.chats import ChatDataModule, ChatOptions
+from lora_lightning.data.checksum import sha256
 from lora_lightning.data.encode import Encoder, Example, Tally
 from lora_lightning.data.formats import Record
 from lora_lightning.data.loaders import Rows
@@ -96,6 +97,11 @@ def split_stories(
     return [stories[place] for place in rest], [stories[place] for place in held]
 
 
+def digest_stories() -> str:
+    """The SHA-256 of all that the corpus says."""
+    return sha256(repr(story).encode("utf-8", "surrogatepass") for story in read_stories())
+
+
 class BBCHeadlines(ChatDataModule):
     """A story's first words as the prompt, its headline as the completion.
 
@@ -119,6 +125,10 @@ class BBCHeadlines(ChatDataModule):
     def prepare_data(self) -> None:
         """Sees to it that the stories are there, before any rank reads them."""
         read_stories()
+
+    def content(self) -> object:
+        """The corpus."""
+        return digest_stories()
 
     def records(self) -> tuple[list[Record], list[Record], Tally, Tally]:
         """The stories as prompt and completion."""
@@ -175,6 +185,10 @@ class BBCTopics(DataModule):
     def prepare_data(self) -> None:
         """Sees to it that the stories are there, before any rank reads them."""
         read_stories()
+
+    def content(self) -> object:
+        """The corpus."""
+        return digest_stories()
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> Loaded:
         """Tokenises the stories."""

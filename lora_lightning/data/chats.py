@@ -24,6 +24,7 @@ class ChatOptions(Options, total=False):
     train_on: str
     system_prompt: str | None
     chat_template: str | None
+    packing: bool
 
 
 class ChatDataModule(DataModule):
@@ -35,6 +36,7 @@ class ChatDataModule(DataModule):
             token is trained.
         system_prompt: Takes the place of the rows' system message; None leaves rows as they are.
         chat_template: A template or the path of a ``.jinja`` file; None takes the tokenizer's own, or a default.
+        packing: Train on rows of several examples each, filled up to ``max_length``; ``batch_size`` counts such rows.
         **options: Those of :class:`DataModule`.
 
     Raises:
@@ -47,6 +49,7 @@ class ChatDataModule(DataModule):
         train_on: str = "completion",
         system_prompt: str | None = None,
         chat_template: str | None = None,
+        packing: bool = False,
         **options: Unpack[Options],
     ) -> None:
         super().__init__(**options)
@@ -57,7 +60,9 @@ class ChatDataModule(DataModule):
         self.train_on = train_on
         self.system_prompt = system_prompt
         self.chat_template = chat_template
+        self.packing = packing
         self.on_bad_row = "drop"
+        self._template_notes: list[str] | None = None
 
     @abstractmethod
     def records(self) -> tuple[list[Record], list[Record], Tally, Tally]:
@@ -83,9 +88,16 @@ class ChatDataModule(DataModule):
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Encoder, list[str]]:
         """What makes examples of records, and a note where its template is not the tokenizer's own."""
-        note = install_template(tokenizer, self.chat_template)
+        notes = self.prepare_tokenizer(tokenizer)
         renderer = ChatRenderer(tokenizer, train_on=self.train_on, system_prompt=self.system_prompt)
-        return Encoder(renderer, max_length=self.max_length), [note] if note else []
+        return Encoder(renderer, max_length=self.max_length), notes
+
+    def prepare_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """Gives it the chat template of this run, with a note where that is not its own."""
+        if self._template_notes is None:
+            note = install_template(tokenizer, self.chat_template)
+            self._template_notes = [note] if note else []
+        return self._template_notes
 
     def encode(self, encoder: Encoder, records: Sequence[Record], tally: Tally, what: str) -> list[Example]:
         """Examples of records.

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lora_lightning.data.encode import IGNORED, Example
+from lora_lightning.data.flat import FlatRows
 from lora_lightning.strategies.position import Position, Positioned
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class Rows(Dataset):
 
     def lengths(self) -> list[int]:
         """The number of tokens of each example."""
+        if isinstance(self.examples, FlatRows):
+            return self.examples.lengths()
         return [len(example["input_ids"]) for example in self.examples]
 
 

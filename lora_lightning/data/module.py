@@ -3,45 +3,22 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, field
 from typing import TypedDict
 
 from lightning.pytorch import LightningDataModule
 from rich.console import Console, RenderableType
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
-from lora_lightning.data.encode import Example, Tally
-from lora_lightning.data.loaders import Collator, ResumableLoader, Rows, loader_options
+from lora_lightning.data.cache import load_cached
+from lora_lightning.data.encode import Example
+from lora_lightning.data.loaded import Loaded, SamplePrompt
+from lora_lightning.data.loaders import Collator, ResumableLoader, loader_options
+from lora_lightning.data.packing import PackedRows, PackingCollator, PackingSampler, how_full
 from lora_lightning.data.preview import marked, summary
 from lora_lightning.data.samplers import LengthGroupedSampler, ShardSampler, rank_and_world
 from lora_lightning.data.stream import RowStream
 from lora_lightning.errors import LoraConfigError
-
-
-@dataclass(frozen=True)
-class SamplePrompt:
-    """A fixed prompt that a model answers before, during and after training, so that people see it learn."""
-
-    prompt: str
-    """What the model is fed: rendered, special tokens and generation prompt included (add none when tokenising)."""
-    shown: str
-    """The same in short, for people."""
-    reference: str | None = None
-    """The right answer."""
-
-
-@dataclass
-class Loaded:
-    """What a data module holds once it is set up."""
-
-    train: Rows | RowStream
-    validation: Rows
-    shown: Example
-    """The example that is shown to people."""
-    tallies: dict[str, Tally] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    prompts: list[SamplePrompt] = field(default_factory=list)
 
 
 class CommonOptions(TypedDict, total=False):
@@ -55,6 +32,7 @@ class CommonOptions(TypedDict, total=False):
     samples: int
     group_by_length: bool
     pad_to_multiple_of: int | None
+    cache: bool | str
 
 
 class Options(CommonOptions, total=False):
@@ -76,6 +54,7 @@ class DataModule(LightningDataModule):
         samples: The number of fixed prompts.
         group_by_length: Put rows of like length into a batch, which saves padding.
         pad_to_multiple_of: Round the length of batches up to a multiple of this.
+        cache: Keep tokenised rows on disk, for further runs and all processes of this one; a path is the folder.
 
     Raises:
         LoraConfigError: If an option makes no sense.
@@ -93,6 +72,7 @@ class DataModule(LightningDataModule):
         samples: int = 3,
         group_by_length: bool = True,
         pad_to_multiple_of: int | None = None,
+        cache: bool | str = False,
     ) -> None:
         super().__init__()
         least = {
@@ -116,12 +96,29 @@ class DataModule(LightningDataModule):
         self.samples = samples
         self.group_by_length = group_by_length
         self.pad_to_multiple_of = pad_to_multiple_of
+        self.cache = cache
+        self.packing = False
         self._loaded: Loaded | None = None
         self._told = False
 
     @abstractmethod
     def load(self, tokenizer: PreTrainedTokenizerBase) -> Loaded:
         """Reads, splits and tokenises the rows; called once, on every rank."""
+
+    def prepare_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """Makes a tokenizer what the rows need; returns notes for people."""
+        return []
+
+    def content(self) -> object:
+        """All that the rows are made of beside the options and the tokenizer, fit for JSON: digests of files, say.
+
+        Raises:
+            LoraConfigError: Here: what a subclass does not say, nobody knows.
+        """
+        raise LoraConfigError(
+            f"{type(self).__name__} does not say what its rows are made of, so it cannot be told whether cached ones "
+            "are still right: write its method `content`, or set data.cache=false."
+        )
 
     def setup(self, stage: str | None = None) -> None:
         """Loads the rows, once; before training, rank zero tells what they are.
@@ -130,7 +127,8 @@ class DataModule(LightningDataModule):
             LoraConfigError: If there is no tokenizer, or something is wrong with the rows.
         """
         if self._loaded is None:
-            self._loaded = self.load(self._find_tokenizer())
+            tokenizer = self._find_tokenizer()
+            self._loaded = load_cached(self, tokenizer) if self.cache else self.load(tokenizer)
         if stage == "fit" and not self._told and rank_and_world()[0] == 0:
             Console().print(self.describe())
             self._told = True
@@ -138,9 +136,13 @@ class DataModule(LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled batches, the same for the same seed, epoch and number of ranks."""
         train, (rank, world) = self.loaded.train, self._share()
-        sampler = None
+        rows: Dataset = train
+        sampler: DistributedSampler | None = None
         if isinstance(train, RowStream):
             train.rank, train.world = rank, world
+        elif self.packing:
+            rows = PackedRows(train.examples)
+            sampler = PackingSampler(train.lengths(), self.max_length, seed=self.seed, rank=rank, world=world)
         else:
             sampler = LengthGroupedSampler(
                 train.lengths() if self.group_by_length else None,
@@ -151,10 +153,10 @@ class DataModule(LightningDataModule):
                 world=world,
             )
         return ResumableLoader(
-            train,
+            rows,
             batch_size=self.batch_size,
             sampler=sampler,
-            collate_fn=self._collator(),
+            collate_fn=self._collator(packed=self.packing),
             trainer=self.trainer,
             **loader_options(self.num_workers, self.seed),
         )
@@ -182,7 +184,10 @@ class DataModule(LightningDataModule):
 
     def describe(self) -> RenderableType:
         """One example with its trained tokens marked, and what became of the rows."""
-        return summary(self.loaded.tallies, self.loaded.notes, *self.preview(self.loaded.shown))
+        train, notes = self.loaded.train, self.loaded.notes
+        if self.packing and isinstance(train, Rows):
+            notes = [*notes, how_full(train.lengths(), self.max_length)]
+        return summary(self.loaded.tallies, notes, *self.preview(self.loaded.shown))
 
     def preview(self, example: Example) -> tuple[RenderableType, str]:
         """How an example is shown, and the title over it."""
@@ -214,7 +219,7 @@ class DataModule(LightningDataModule):
             )
         return self.tokenizer
 
-    def _collator(self) -> Collator:
+    def _collator(self, *, packed: bool = False) -> Collator | PackingCollator:
         tokenizer = self._find_tokenizer()
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        return Collator(pad or 0, self.pad_to_multiple_of)
+        return (PackingCollator if packed else Collator)(pad or 0, self.pad_to_multiple_of)

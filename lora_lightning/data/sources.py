@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lora_lightning.data.checksum import pieces, sha256
 from lora_lightning.errors import LoraConfigError, did_you_mean
 
 
@@ -38,6 +39,10 @@ class FileSource:
     def __iter__(self) -> Iterator[Row]:
         return READERS[self.path.suffix.lower()](self.path)
 
+    def digest(self) -> str:
+        """The SHA-256 of the file's content."""
+        return sha256(pieces(self.path))
+
     def __str__(self) -> str:
         return str(self.path)
 
@@ -55,6 +60,12 @@ class HubSource:
 
         rows = datasets.load_dataset(self.name, split=self.split, streaming=self.streaming)
         return (Row(f"{self} row {number}", dict(row)) for number, row in enumerate(rows, 1))
+
+    def digest(self) -> str:
+        """What ``datasets`` itself knows the rows by."""
+        import datasets
+
+        return str(datasets.load_dataset(self.name, split=self.split)._fingerprint)
 
     def __str__(self) -> str:
         return f"{self.name}[{self.split}]"

@@ -63,6 +63,11 @@ class TextData(ChatDataModule):
             )
             if given not in known
         ]
+        wrong += [
+            f"streaming=true reads rows while training, so {name} must be false"
+            for name in ("packing", "cache")
+            if streaming and options.get(name)
+        ]
         if not 0 <= val_split < 1:
             wrong.append(f"val_split must be at least 0 and less than 1, got {val_split!r}")
         if wrong:
@@ -117,6 +122,10 @@ class TextData(ChatDataModule):
             notes=notes + self.remarks(encoder, train_records, val_records),
             prompts=self.prompts(encoder, val_records or train_records),
         )
+
+    def content(self) -> object:
+        """The digests of the files, by name; of Hub data sets their own fingerprints."""
+        return [[str(source), source.digest()] for sources in self._sources() for source in sources]
 
     def _sources(self) -> tuple[Sequence[Source], Sequence[Source]]:
         train, val = find_sources(self.path, streaming=self.streaming)

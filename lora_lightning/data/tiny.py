@@ -33,6 +33,10 @@ class TinyText(ChatDataModule):
         self.rows = rows
         self.val_rows = val_rows
 
+    def content(self) -> object:
+        """Nothing: the options say it all."""
+        return None
+
     def records(self) -> tuple[list[Record], list[Record], Tally, Tally]:
         """Makes the rows."""
         chance = random.Random(f"tiny text/{self.seed}")
