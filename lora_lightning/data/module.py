@@ -185,7 +185,7 @@ class DataModule(LightningDataModule):
     def describe(self) -> RenderableType:
         """One example with its trained tokens marked, and what became of the rows."""
         train, notes = self.loaded.train, self.loaded.notes
-        if self.packing and isinstance(train, Rows):
+        if self.packing and not isinstance(train, RowStream):
             notes = [*notes, how_full(train.lengths(), self.max_length)]
         return summary(self.loaded.tallies, notes, *self.preview(self.loaded.shown))
 

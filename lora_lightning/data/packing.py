@@ -54,8 +54,8 @@ def how_full(lengths: Sequence[int], capacity: int) -> str:
     'Packed: 5 examples in 2 rows of up to 10 tokens, which are 95 % full.'
     """
     rows = best_fit(sorted(lengths, reverse=True), capacity)[1]
-    full = sum(lengths) / (rows * capacity)
-    return f"Packed: {len(lengths):,} examples in {rows:,} rows of up to {capacity:,} tokens, which are {100 * full:.0f} % full."
+    full = f"{100 * sum(lengths) / (rows * capacity):.0f} % full"
+    return f"Packed: {len(lengths):,} examples in {rows:,} rows of up to {capacity:,} tokens, which are {full}."
 
 
 class PackingSampler(DistributedSampler):
