@@ -46,7 +46,8 @@ def compute_apart(root: nn.Module) -> None:
 def _group(parent: nn.Module, parents: Counter[int]) -> None:
     if sum(_computes_itself(child) for child in parent._modules.values()) < 2:
         return
-    for names in called_on_one_input(type(parent)):
+    kind: type = type(parent)
+    for names in called_on_one_input(kind):
         layers = [child for child in map(parent._modules.get, names) if isinstance(child, LoraLinear)]
         # A layer that has another parent too may be called without the rest of its group.
         layers = [
@@ -63,12 +64,13 @@ def _computes_itself(layer: nn.Module | None) -> bool:
 
 
 def _is_gated(module: nn.Module) -> bool:
+    kind: type = type(module)
     parts = [module._modules.get(name) for name in ("gate_proj", "up_proj", "down_proj")]
     return (
         all(map(_computes_itself, parts))
         and activation_of(module._modules.get("act_fn")) is not None
         and why_not(module) is None
-        and is_formula(type(module), FORMULA)
+        and is_formula(kind, FORMULA)
     )
 
 
@@ -81,7 +83,7 @@ def _is_norm(module: nn.Module) -> bool:
     )
 
 
-def _norm_over(kind: type[nn.Module]) -> type[LoraNorm] | None:
+def _norm_over(kind: type) -> type[LoraNorm] | None:
     for formula, rounds_last in FORMULAS.items():
         if is_formula(kind, formula):
             return LoraNormRoundingLast if rounds_last else LoraNorm

@@ -91,7 +91,7 @@ def activation_of(module: nn.Module | None) -> Activation | None:
     if kind is nn.SiLU or kind is getattr(theirs, "SiLUActivation", None):
         return _SILU
     if kind is nn.GELU:
-        return _GELU[module.approximate]  # type: ignore[index]
+        return _GELU[cast("nn.GELU", module).approximate]
     if kind in (getattr(theirs, "GELUTanh", None), getattr(theirs, "PytorchGELUTanh", None)):
         act = getattr(module, "act", None)
         if isinstance(act, functools.partial) and act.func is F.gelu and act.keywords == {"approximate": "tanh"}:
