@@ -95,7 +95,8 @@ class _DoraLinear(torch.autograd.Function):
         needs_x, needs_w, _, needs_a, needs_b, needs_m = ctx.needs_input_grad[:6]
         ctx.scaling, ctx.dropout, ctx.leading = scaling, dropout, x.shape[:-1]
         takes_back = needs_m and bias is None
-        ctx.watch = _Watch(y) if takes_back and not torch.compiler.is_compiling() else None
+        final = torch.compiler.is_compiling() or y.is_inference()  # nothing overwrites it, or there is no backward
+        ctx.watch = _Watch(y) if takes_back and not final else None
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
             x if needs_w or needs_a or takes_back else None,

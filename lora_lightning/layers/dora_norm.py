@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lora_lightning.layers.functional import PLAIN
+from lora_lightning.layers.functional import PLAIN, transformed
 
 _ELEMENTS = {"cpu": 2**18}  # of the part of the sum that exists at a time: what stays in a cache
 _ELEMENTS_ELSEWHERE = 2**24
@@ -90,10 +90,14 @@ def remembered(layer: nn.Module, tensors: tuple[Tensor, ...], compute: Callable[
     So the recomputation of activation checkpointing, the batches that one step accumulates, validation and generation
     find it made. A change is seen by a tensor's storage and version, and by any optimizer's step (fused ones leave the
     version as it is). Where processes share the work nothing is remembered: sharding engines gather other values into
-    the same memory without a trace. Nor is it under ``torch.compile``.
+    the same memory without a trace. Nor is it under ``torch.compile`` and ``torch.func``.
     """
-    watched = all(type(t) in PLAIN and not t.is_inference() for t in tensors)
-    if torch.compiler.is_compiling() or not watched or (dist.is_available() and dist.is_initialized()):
+    if (
+        torch.compiler.is_compiling()
+        or transformed()
+        or not all(type(t) in PLAIN and not t.is_inference() for t in tensors)
+        or (dist.is_available() and dist.is_initialized())
+    ):
         return compute()
     # A weak reference to a storage keeps its place from being given to another.
     key = (_steps, *((StorageWeakRef(t.untyped_storage()), t.storage_offset(), t._version, t.dtype) for t in tensors))
