@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -25,6 +26,7 @@ _SIGNALS = [
     for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
     if (number := getattr(signal, name, None)) is not None  # Windows has the first two
 ]
+_ONE_INTERRUPT = 1.0  # seconds within which Ctrl-C may arrive twice, by way of a launcher
 _PATIENCE = 20.0  # seconds that processes started by this one have to end by themselves
 
 
@@ -42,7 +44,8 @@ class SaveOnSignal(pl.Callback):
       end the program with status 128 + the signal's number (143 for SIGTERM). Nothing is requeued.
     - A signal that is ignored (as under ``nohup``) stays ignored.
 
-    A second Ctrl-C ends at once, without saving.
+    A second Ctrl-C ends at once, without saving; one within a second of the first is the same one, which a terminal
+    gives to every process and torchrun passes on to its own besides.
 
     Args:
         how_to_resume: Told when a run was stopped. None tells to pass the checkpoint to ``trainer.fit``.
@@ -52,6 +55,7 @@ class SaveOnSignal(pl.Callback):
         super().__init__()
         self.how_to_resume = how_to_resume
         self._noted = 0
+        self._interrupted: float | None = None
         self._loud = True
         self._before: dict[int, Any] = {}
         self._owners: dict[int, Any] = {}
@@ -113,7 +117,7 @@ class SaveOnSignal(pl.Callback):
             return
         if threading.current_thread() is not threading.main_thread():
             return  # Python gives signals to the main thread alone
-        self._noted, self._loud = 0, trainer.is_global_zero
+        self._noted, self._interrupted, self._loud = 0, None, trainer.is_global_zero
         for number in _SIGNALS:
             handler = signal.getsignal(number)
             if handler is None:  # not set from Python
@@ -130,11 +134,14 @@ class SaveOnSignal(pl.Callback):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._noted:
-            before = self._before[number]
-            self._leave()
-            (before if callable(before) else signal.default_int_handler)(number, frame)
-            return
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            self._interrupted = now if self._interrupted is None else self._interrupted
+            if now - self._interrupted > _ONE_INTERRUPT:
+                before = self._before[number]
+                self._leave()
+                (before if callable(before) else signal.default_int_handler)(number, frame)
+                return
         first, self._noted = not self._noted, self._noted or number
         if first and self._loud:  # not by print, whose buffer the signal may have interrupted
             more = "; once more ends at once, without saving" if number == signal.SIGINT else ""
@@ -167,13 +174,13 @@ class SaveOnSignal(pl.Callback):
             return  # a fit that is at its end goes through with it
         owner = self._owners.get(number, signal.SIG_DFL)
         if isinstance(owner, _HandlersCompose):
-            self._noted = 0
+            self._noted, self._interrupted = 0, None
             owner(number, inspect.currentframe())  # type: ignore[arg-type]  # it looks at no frame
             return
         path = self._save(trainer)
         step = trainer.global_step
         if _is_bypass(owner):
-            self._noted = 0
+            self._noted, self._interrupted = 0, None
             _tell(trainer, f"{_name(number)}: step {step} is saved in {path}.")
             owner(number, inspect.currentframe())
             return

@@ -37,7 +37,7 @@ def test_it_saves_and_ends_and_goes_on_exactly(run, whole, number, at, status, s
 
 
 def test_a_second_interrupt_ends_at_once(run):
-    cut = run(send=[(0, 3, INT, 2)])
+    cut = run(send=[(0, 3, INT, 2)], pause=1.2)
     assert cut.status == 1, cut.said
     assert not cut.stopped.exists()
 
@@ -49,8 +49,22 @@ def test_a_handler_of_ones_own_is_called_once_the_step_is_saved(run, handler, nu
     assert cut.said.count(f"mine {number} saved") == 1
 
 
-def test_an_ignored_signal_stays_ignored(run):
-    done = run(ignored=True, send=[(0, 3, TERM, 1)])
+def test_one_interrupt_that_comes_twice_is_one(run, whole):
+    """The terminal gives it to every process, and torchrun, mpirun and the like pass theirs on."""
+    cut = run(send=[(0, 3, INT, 2)], pause=0.01)
+    assert cut.status == 1, cut.said
+    assert torch.load(cut.stopped, weights_only=True)["global_step"] == 4
+
+
+def test_an_interrupt_behind_another_signal_is_no_second_one(run):
+    cut = run(send=[(0, 3, TERM, 1), (0, 3, INT, 1)], pause=1.2)
+    assert torch.load(cut.stopped, weights_only=True)["global_step"] == 4
+    assert cut.status == 143, cut.said
+
+
+@pytest.mark.parametrize("number", [TERM, INT])
+def test_an_ignored_signal_stays_ignored(run, number):
+    done = run(ignored=True, send=[(0, 3, number, 1)])
     assert done.status == 0, done.said
     assert not done.stopped.exists()
 

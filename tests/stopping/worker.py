@@ -52,7 +52,7 @@ class Module(pl.LightningModule):
             if here == at and rank == self.global_rank:
                 for _ in range(times):
                     os.kill(os.getpid(), number)
-                    time.sleep(0.01)
+                    time.sleep(self.settings.get("pause", 0.01))
         return (self.net(x) - y).square().mean()
 
     def validation_step(self, batch, batch_idx):
@@ -72,6 +72,7 @@ def set_handlers(settings):
         if settings["handler"] == "exits":
             sys.exit(7)
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN if settings.get("ignored") else signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         if settings.get("handler"):
             signal.signal(number, handler)
@@ -107,8 +108,9 @@ def train(settings):
         ],
     )
     trainer.fit(module, loader, DataLoader(data, batch_size=20), ckpt_path=settings.get("ckpt"))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert not settings.get("ignored") or signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    ignored = settings.get("ignored")
+    assert signal.getsignal(signal.SIGINT) is (signal.SIG_IGN if ignored else signal.default_int_handler)
+    assert not ignored or signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
     torch.save(lora_state_dict(module), f"{out}/rank{trainer.global_rank}.pt")
 
 
