@@ -33,7 +33,7 @@ from lora_lightning.injection.state import (
     trained_in_full,
     weights_beside,
 )
-from lora_lightning.optim import keep_trainable
+from lora_lightning.optim import fuse, keep_trainable
 from lora_lightning.optim.by_kind import join_groups
 from lora_lightning.strategies import AdapterState, hooks, rng, state_for
 from lora_lightning.strategies.averaging import attach_averaging, begin_averaging, detach_averaging
@@ -389,7 +389,7 @@ def _configure_optimizers(callback: LoraCallback, pl_module: pl.LightningModule,
     target = callback._target(pl_module)
     check_there(callback._tensors, adapter_tensors(target).keys(), pl_module.trainer)
     freeze_rest(target)  # parallel plans may have made parameters trainable since
-    return keep_trainable(call(), lora_parameters(target), weights_beside(target))
+    return fuse(keep_trainable(call(), lora_parameters(target), weights_beside(target)), pl_module)
 
 
 def _keep_base(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

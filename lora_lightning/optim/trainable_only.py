@@ -31,7 +31,7 @@ def keep_trainable(
     Raises:
         LoraConfigError: If an adapter parameter is in no optimizer, nor its layer's weight.
     """
-    optimizers = list({id(optimizer): optimizer for optimizer in _optimizers(configured)}.values())
+    optimizers = list({id(optimizer): optimizer for optimizer in optimizers_in(configured)}.values())
     if not optimizers:
         return configured
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -55,15 +55,16 @@ def keep_trainable(
     return configured
 
 
-def _optimizers(configured: Any) -> Iterator[Optimizer]:
+def optimizers_in(configured: Any) -> Iterator[Optimizer]:
+    """Every optimizer in a result of ``configure_optimizers``."""
     if isinstance(configured, Optimizer):
         yield configured
     elif isinstance(configured, Mapping):
         for value in configured.values():
-            yield from _optimizers(value)
+            yield from optimizers_in(value)
     elif isinstance(configured, (list, tuple)):
         for value in configured:
-            yield from _optimizers(value)
+            yield from optimizers_in(value)
 
 
 def _filter(optimizer: Optimizer) -> None:
