@@ -8,7 +8,7 @@ ARGS ?=
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test smoke lint types tests lock clean
+.PHONY: help setup train test smoke lint types tests bench lock clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -38,6 +38,9 @@ types: setup  ## static types
 
 tests: setup  ## all tests, slow ones too (ARGS="-m 'not slow'" leaves them out)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+bench: setup  ## what training costs against PEFT and the frozen model (ARGS="--only step", ARGS="--write")
+	$(BIN)/python benchmarks/bench.py $(ARGS)
 
 lock: setup  ## write requirements.lock anew, keeping the versions that still fit
 	sh scripts/lock.sh $(BIN)/python

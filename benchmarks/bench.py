@@ -23,7 +23,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -54,6 +54,7 @@ class Bench:
         rounds: Turns of each contender that count.
         threads: Of each contender.
         quick: Tiny shapes, all in this process: the figures mean nothing.
+        layers: Models are cut to so many layers, to try a run; None leaves them whole.
         sections: What each section has found: ``rows`` of the table, and more under names of its own.
         checks: The gradients that were compared with float64.
     """
@@ -61,6 +62,7 @@ class Bench:
     rounds: int
     threads: int
     quick: bool
+    layers: int | None = None
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
     checks: dict[str, dict[str, Any]] = field(default_factory=dict)
     _checker: Any = None
@@ -76,7 +78,7 @@ class Bench:
     def task(self, shape: str = DEFAULT, **more: Any) -> Task:
         """A task, or a tiny one in its place."""
         if not self.quick:
-            return Task(shape, **more)
+            return Task(shape, **{"layers": self.layers, **more})
         small = {"rows": 2, "tokens": 16, "layers": None}
         if "sides" in more:
             small["sides"] = tuple(side // 128 for side in more["sides"])
@@ -361,27 +363,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contender that count")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each contender")
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), metavar="SECTION", help=", ".join(SECTIONS))
+    parser.add_argument("--layers", type=int, help="cut models to so many layers, to try a run")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, one turn: does it all run?")
     parser.add_argument(
         "--write", action="store_true", help=f"into {RESULTS.relative_to(ROOT)} and {page.DOCUMENT.name}"
     )
     args = parser.parse_args(arguments)
-    if args.write and args.quick:
-        parser.error("--write needs real figures, and --quick has none")
-    begin = time.perf_counter()
-    bench = Bench(1 if args.quick else args.rounds, args.threads, args.quick)
+    if args.write and (args.quick or args.layers):
+        parser.error("--write needs figures of whole models, and --quick and --layers have none")
+    bench = Bench(1 if args.quick else args.rounds, args.threads, args.quick, args.layers)
+    measure(bench, args.only or SECTIONS)
+    status = finish(bench)
+    if args.write and not status:
+        write(bench)
+    return status
+
+
+def measure(bench: Bench, names: Iterable[str]) -> None:
+    """Run sections one after the other."""
     try:
-        for name in args.only or SECTIONS:
+        for name in names:
             bench.run(name)
     finally:
         bench.close()
+
+
+def finish(bench: Bench) -> int:
+    """Print the table; returns the exit status."""
     Console(width=None if sys.stdout.isatty() else 160).print(table(bench))
-    print(f"{(time.perf_counter() - begin) / 60:.1f} minutes, {bench.threads} threads")
+    minutes = sum(told["minutes"] for told in bench.sections.values())
+    print(f"{minutes:.1f} minutes, {bench.threads} threads, {bench.rounds} turns of each contender")
     if bench.wrong:
         print(f"Gradients that are not those of float64: {', '.join(bench.wrong)}. No figure counts.", file=sys.stderr)
         return 1
-    if args.write:
-        write(bench)
     return 0
 
 

@@ -95,10 +95,12 @@ def is_real(shape: Shape) -> bool:
 def _demo_model(name: str) -> nn.Module | None:
     try:
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
 
         from lora_lightning.errors import LoraConfigError
         from lora_lightning.tasks.demo import prepare_demo
 
+        logging.disable_progress_bar()
         folder = prepare_demo(name)
     except (ImportError, LoraConfigError):  # the package that carries it, or what reads it, is not there
         return None
