@@ -131,7 +131,7 @@ def find_route(
                 return route
             reasons.append(f"{route.told}: {reason or 'fails in another process'}")
     raise LoraConfigError(
-        f"{type(unwrap(model)).__name__} cannot be trained on packed rows, where its examples would disturb each other: "
+        f"{type(unwrap(model)).__name__} cannot be trained on packed rows, whose examples would disturb each other: "
         "set data.packing=false. What was tried:\n  " + "\n  ".join(reasons)
     )
 
