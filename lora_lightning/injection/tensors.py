@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
@@ -10,6 +11,11 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor: itself, or what all processes' parts of a ``DTensor`` make up (call it on all of them)."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a ``DTensor``, with its memory; another tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def spread_like(value: Tensor, model: Tensor) -> Tensor:
@@ -43,10 +49,30 @@ def same_kind(tensors: list[Tensor]) -> dict[object, list[int]]:
 @torch.no_grad()
 def norms(tensors: list[Tensor]) -> Tensor:
     """The Euclidean norm of each tensor, ``(len(tensors),)`` on the first one's device; whole norms of ``DTensor``."""
-    found: list[Tensor | None] = [None] * len(tensors)
-    for positions in same_kind(tensors).values():
-        several = torch._foreach_norm([tensors[i] for i in positions])
-        for position, norm in zip(positions, several, strict=True):
-            found[position] = whole(norm)
-    device = whole(found[0]).device if found and found[0] is not None else None
-    return torch.stack([norm.to(device) for norm in found if norm is not None])
+    kinds = list(same_kind(tensors).values())
+    if len(kinds) == 1:
+        return _norms([tensors[i] for i in kinds[0]])
+    several = [_norms([tensors[i] for i in positions]) for positions in kinds]
+    found = torch.cat([each.to(several[0].device) for each in several])
+    order = [i for positions in kinds for i in positions]
+    return torch.empty_like(found).index_copy_(0, torch.tensor(order, device=found.device), found)
+
+
+def _norms(tensors: list[Tensor]) -> Tensor:
+    """Norms of tensors of one kind; of spread ones with one sum a dimension of their mesh, not one a tensor."""
+    spread = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
+    if any(placement.is_partial() for tensor in spread for placement in tensor.placements):
+        tensors, spread = [whole(tensor) for tensor in tensors], []
+    found = torch.stack(torch._foreach_norm([local(tensor) for tensor in tensors]))
+    if not spread:
+        return found
+    squares = found.double().square()  # a sum of squares in the tensors' own dtype may be too large for it
+    mesh = spread[0].device_mesh
+    for dimension in range(mesh.ndim):
+        cut = [not tensor.placements[dimension].is_replicate() for tensor in spread]
+        if any(cut):
+            here = torch.tensor(cut, device=squares.device)
+            summed = torch.where(here, squares, 0.0)
+            dist.all_reduce(summed, group=mesh.get_group(dimension))
+            squares = torch.where(here, summed, squares)
+    return squares.sqrt().to(found.dtype)

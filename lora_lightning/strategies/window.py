@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lora_lightning.injection.tensors import local
 from lora_lightning.strategies import zero_optimizer
 
 
@@ -25,5 +25,5 @@ def scale_gradients(strategy: Strategy, optimizer: Optimizer, factor: Tensor) ->
         return
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     # Of a spread gradient this process's part: an operation on several tensors takes no mixture of kinds.
-    if parts := [grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients]:
+    if parts := [local(grad) for grad in gradients]:
         torch._foreach_mul_(parts, factor)

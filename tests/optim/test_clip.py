@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from lora_lightning.optim.by_kind import join_groups, step_by_kind
-from lora_lightning.optim.clip import clip_by_norm
-from lora_lightning.optim.gradients import not_finite, without_gradient
+from lora_lightning.optim.clip import clip_by_norm, clip_by_value
+from lora_lightning.optim.gradients import are_finite, not_finite, without_gradient
 
 
 def _parameters(dtype=torch.float32):
@@ -82,3 +82,56 @@ def test_groups_of_two_kinds_step_in_two_parts_and_are_whole_again(tmp_path):
         assert len(optimizer.param_groups) == 1
     finally:
         dist.destroy_process_group()
+
+
+def test_norms_of_spread_tensors_are_those_of_whole_ones(processes):
+    processes(
+        """
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from lora_lightning.injection.tensors import norms
+from lora_lightning.optim.clip import clip_by_norm, clip_by_value
+
+torch.manual_seed(0)
+whole = [torch.randn(shape) * 1e3 for shape in ((5, 3), (1,), (4, 2), (3,), (6,))]
+layouts = [Shard(0)], [Shard(0)], [Shard(1)], [Replicate()], None
+mesh = init_device_mesh("cpu", (world,))
+sums = []
+reduce = dist.all_reduce
+dist.all_reduce = lambda *a, **k: (sums.append(1), reduce(*a, **k))
+spread = [w.clone() if l is None else distribute_tensor(w.clone(), mesh, l) for w, l in zip(whole, layouts)]
+torch.testing.assert_close(norms(spread), torch.stack([w.norm() for w in whole]))
+assert sums == [1]
+parameters = [torch.nn.Parameter(torch.zeros_like(t)) for t in spread]
+optimizer = torch.optim.SGD(parameters, lr=1.0)
+for p, g in zip(parameters, spread):
+    p.grad = g
+total = clip_by_norm(optimizer, 2.0)
+expected = torch.stack([w.norm() for w in whole]).norm()
+torch.testing.assert_close(total, expected)
+clip_by_value(optimizer, 0.5)
+for p, w in zip(parameters, whole):
+    mine = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+    torch.testing.assert_close(mine, (w * (2.0 / expected)).clamp(-0.5, 0.5))
+"""
+    )
+
+
+def test_a_step_passes_over_the_gradients_a_fixed_number_of_times():
+    """However many tensors an adapter has: no operation of its own for each, and nothing that waits for a device."""
+    from torch.profiler import ProfilerActivity, profile
+
+    def calls(count):
+        parameters = [nn.Parameter(torch.randn(3, 2)) for _ in range(count)]
+        for p in parameters:
+            p.grad = torch.randn_like(p)
+        optimizer = torch.optim.SGD(parameters, lr=0.1)
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            clip_by_norm(optimizer, 1.0)
+            clip_by_value(optimizer, 1.0)
+            are_finite(parameters)
+        names = [event.name for event in seen.events() if event.cpu_parent is None]
+        assert not any(name in ("aten::item", "aten::_local_scalar_dense") for name in names)
+        return len(names)
+
+    assert calls(420) == calls(2) < 20
