@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.nn.modules import module as nn_module
 
 from lora_lightning.injection.names import find_root, unwrap
@@ -76,11 +77,8 @@ def run_model(
             _FORMS[root] = form
             return outputs, _Tie.apply(call.losses_K, logits_of(outputs))
         if seen is None:
-            warnings.warn(
-                f"{type(root).__name__} does more to its logits than to scale and cap them"
-                f"{f' ({call.failure})' if call.failure else ''}: they are made in full, which takes more memory",
-                stacklevel=4,
-            )
+            why = call.failure or "it does more to them than to scale and cap them"
+            warnings.warn(f"{type(root).__name__} makes its logits in full, which takes memory: {why}", stacklevel=4)
         _FORMS[root] = seen
         if restore is not None:
             restore()  # what dropout drew is drawn again, so that a run does not depend on what was seen before it
@@ -114,7 +112,9 @@ class _HeadCall:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            if self.losses_K is None:  # it did not come as far as the probe
+            # Without having come as far as the probe, it is the batch that is wrong, or else the graph of a compiled
+            # model that must not be left (``fullgraph=True``).
+            if self.losses_K is None and not isinstance(error, TorchDynamoException):
                 raise
             self.failure = error
             return None
@@ -187,17 +187,26 @@ def _lora_of(head: nn.Linear) -> HeadLora | None:
     return HeadLora(head.lora_A, head.lora_B, head.lora_scaling, head._active_dropout)
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def needs_all_logits(model: nn.Module) -> bool:
+    """Whether somebody reads a model's logits, or it does things to them that may join positions."""
+    root = root_of(model)
+    read = [root, *_around(model, root), *filter(None, [_head_of(root)])]
+    return _FORMS.get(root, Form()) is None or any(_is_read(module) for module in read)
+
+
 def _may_answer(model: nn.Module, root: nn.Module, head: nn.Linear) -> bool:
     """Whether nobody would notice: no hook sees what the head gets and gives, or what the model gives."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if unseen() or "forward" in vars(head) or any(getattr(head, name) for name in hooks):
+    if unseen() or "forward" in vars(head) or head._compiled_call_impl is not None:
         return False
-    if head._compiled_call_impl is not None or any(getattr(nn_module, f"_global{name}") for name in hooks):
+    if any(getattr(head, name) or getattr(nn_module, f"_global{name}") for name in _HOOKS):
         return False
     return not any(
         isinstance(module, nn.DataParallel)  # its replicas would all answer with the first one's weights
         or type(module).__name__ == "CheckpointWrapper"  # the head would run again in backward, for itself
-        or any(map(_reads, module._forward_hooks.values()))
+        or _is_read(module)
         for module in _around(model, root)
     )
 
@@ -210,9 +219,10 @@ def _around(model: nn.Module, root: nn.Module) -> Iterator[nn.Module]:
             return
 
 
-def _reads(hook: Callable[..., Any]) -> bool:
-    """Whether a forward hook is somebody's who reads outputs, rather than a sharding engine's."""
-    return not str(getattr(hook, "__module__", "")).startswith("torch.")
+def _is_read(module: nn.Module) -> bool:
+    """Whether a forward hook of somebody, rather than of a sharding engine, sees a module's outputs."""
+    hooks = module._forward_hooks.values()
+    return any(not str(getattr(hook, "__module__", "")).startswith("torch.") for hook in hooks)
 
 
 def _draws_of(head: nn.Linear) -> Callable[[], None]:

@@ -17,7 +17,7 @@ from typing_extensions import Unpack
 
 from lora_lightning.errors import LoraConfigError
 from lora_lightning.injection.names import unwrap
-from lora_lightning.tasks.head import logits_of, root_of, run_model
+from lora_lightning.tasks.head import logits_of, needs_all_logits, root_of, run_model
 
 IGNORED = -100
 
@@ -75,7 +75,7 @@ def causal_lm_loss(
     total = losses_K.sum()
     if (auxiliary := getattr(outputs, "aux_loss", None)) is not None:
         # It is added to the mean; here it is one for each term, so that it is still there once the sum is divided.
-        total = total + _auxiliary_weight(root_of(model)) * auxiliary.to(total.device) * len(losses_K)
+        total = total + _auxiliary_weight(root_of(model)) * auxiliary.to(total) * len(losses_K)
     terms = torch.full((), len(losses_K), device=total.device)
     return LossSum(total, terms, None, num_items_in_batch)
 
@@ -85,7 +85,8 @@ def token_losses(model: nn.Module, batch: Mapping[str, Any], *, label_smoothing:
 
     Where the model's logits are those of its output layer, maybe scaled and soft-capped, they are never made as a whole
     (:mod:`lora_lightning.tasks.head`). Where something reads them, or the model does more to them, its own forward
-    makes them, for the positions where some row has a label if it can leave out the rest.
+    makes them all. Where only the head is of a kind that is not known here, or an engine's hooks are on it, they are
+    made for the positions where some row has a label, if the model can leave out the rest.
 
     Args:
         model: As for `causal_lm_loss`.
@@ -115,7 +116,7 @@ def token_losses(model: nn.Module, batch: Mapping[str, Any], *, label_smoothing:
     at_K = (targets_BT != IGNORED).flatten().nonzero().flatten()
     answer = run_model(model, inputs, targets_BT, at_K, label_smoothing)
     if answer is None:
-        if "logits_to_keep" in accepted:
+        if "logits_to_keep" in accepted and not needs_all_logits(model):
             targets_BT = _leave_out(inputs, targets_BT)
         answer = model(**inputs), None
     outputs, losses_K = answer
