@@ -13,20 +13,14 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lora_lightning.layers.chunks import chunk_rows
 from lora_lightning.layers.functional import PLAIN, transformed
-
-# Logits of one chunk. On a CPU more than this leaves the caches and meets page faults; on a GPU the products are at
-# full speed from about a thousand rows on.
-_MOST_BYTES = {"cpu": 96 * 2**20, "cuda": 2**30}
-_SHARE_OF_FREE = 8  # a chunk takes no more than one part in so many of the memory that is free
 
 
 class Form(NamedTuple):
@@ -97,7 +91,7 @@ def linear_cross_entropy(
     # Where the dtypes differ, F.linear says what is wrong.
     if unseen() or not is_plain(*head) or x_KD.dtype != weight_VD.dtype:
         return _composed(head, targets_K, form, label_smoothing)
-    rows = rows_at_once or _rows_at_once(x_KD, len(weight_VD), form)
+    rows = rows_at_once or chunk_rows(len(x_KD), _row_bytes(x_KD.dtype, len(weight_VD), form), x_KD.device)
     settings = _Settings(form, label_smoothing, rows)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in head):
         return _LinearCrossEntropy.apply(*head, targets_K, settings)
@@ -142,8 +136,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses_K
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, weights_K: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a loss whose logits were never kept can be differentiated once: for second derivatives "
+                "(create_graph=True), take the loss of whole logits, such as transformers' model(**batch).loss"
+            )
         dx_KD, dweight_VD, dbias_V, du_KR, db_VR, *rest = ctx.saved_tensors
         if ctx.trains:
             constant = _constant(weights_K)
@@ -300,6 +298,12 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
 
 
+def _row_bytes(dtype: torch.dtype, vocabulary: int, form: Form) -> int:
+    """Memory that one row takes while it is scored: the products, the same in wide numbers, the slope of a cap."""
+    copies = [dtype] + [_wide(dtype)] * ((dtype != _wide(dtype)) + (form.softcap is not None))
+    return vocabulary * sum(each.itemsize for each in copies)
+
+
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     if total.dtype == left.dtype:
         total.addmm_(left, right)
@@ -314,27 +318,3 @@ def _constant(weights_K: Tensor) -> Tensor | None:
     first = weights_K[0]
     same = not any(weights_K.stride()) or bool((weights_K == first).all())  # a sum's gradient is one number, spread
     return first if same else None
-
-
-def _rows_at_once(x_KD: Tensor, vocabulary: int, form: Form) -> int:
-    """Rows of a chunk by the memory at hand, all chunks of about the same length."""
-    wide = 8 if x_KD.dtype == torch.float64 else 4
-    row = vocabulary * (
-        wide + (x_KD.element_size() if x_KD.element_size() < wide else 0) + (wide if form.softcap else 0)
-    )
-    most = _MOST_BYTES.get(x_KD.device.type, _MOST_BYTES["cpu"])
-    rows = max(1, min(most, free_bytes(x_KD.device) // _SHARE_OF_FREE) // row)
-    chunks = -(-max(len(x_KD), 1) // rows)
-    return -(-max(len(x_KD), 1) // chunks)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory of a device that could be had now; where that cannot be known, as much as will do for any chunk."""
-    if device.type == "cuda":
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + held
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # not Linux
-        return _MOST_BYTES["cpu"] * _SHARE_OF_FREE
