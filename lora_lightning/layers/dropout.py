@@ -2,11 +2,12 @@
 
 Every element is left out with probability ``p``, independently of all others. On the CPU, where ``p`` is small, what is
 drawn are the distances from one dropped element to the next (which are geometric), so that the work and the memory are
-those of the dropped elements and not of all. Elsewhere a mask of a byte an element says which are dropped. Either way
-the draw hangs on torch's generator alone, so that activation checkpointing repeats it.
+those of the dropped elements and not of all. On CUDA a seed is drawn, from which kernels work out anew what is dropped.
+Elsewhere a mask of a byte an element says it. Each way the draw hangs on torch's generator for the device alone, so
+that activation checkpointing repeats it.
 
 Shapes: ``T`` tokens, ``in`` features; ``x`` is ``(T, in)``, ``dropped`` either places in its flattened form, ``(n,)``
-int64, or a mask, ``(T, in)`` bool.
+int64, or a seed, ``(1,)`` int64, or a mask, ``(T, in)`` bool.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lora_lightning.layers.written import kernels_for
+
 _FEW = 0.125  # a place takes 8 bytes, an element of a mask 1
 
 
 def draw(x: Tensor, p: float) -> Tensor:
     """Which elements of ``x``, ``(T, in)``, are dropped, each with probability ``p``."""
+    if kernels_for(x) is not None and x.numel() < 2**31:
+        return torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(p)
     if p <= _FEW and type(x) is Tensor:
@@ -31,21 +36,25 @@ def draw(x: Tensor, p: float) -> Tensor:
     return (words.view(torch.int16)[: x.numel()] < round(p * 2**16) - 2**15).view(x.shape)
 
 
-def without(x: Tensor, dropped: Tensor) -> Tensor:
+def without(x: Tensor, dropped: Tensor, p: float) -> Tensor:
     """A copy of ``x``, ``(T, in)``, with zeros for what is dropped; what is kept is not scaled."""
     if dropped.dtype == torch.bool:
-        return x.masked_fill(dropped, 0) if x.device.type != "cpu" else torch.where(dropped, 0, x)
+        return torch.where(dropped, 0, x)
+    if (kernels := kernels_for(x)) is not None:
+        return kernels.without(x.contiguous(), dropped, p)
     kept = x.clone(memory_format=torch.contiguous_format)
     kept.view(-1).index_fill_(0, dropped, 0)
     return kept
 
 
-def add_product(dx: Tensor, g: Tensor, a: Tensor, dropped: Tensor | None) -> None:
+def add_product(dx: Tensor, g: Tensor, a: Tensor, dropped: Tensor | None, p: float) -> None:
     """Add ``g A`` to ``dx``, ``(T, in)``, in place, but for what is dropped; ``g`` is ``(T, r)``, ``a`` ``(r, in)``."""
     if dropped is None:
         dx.addmm_(g, a)
     elif dropped.dtype == torch.bool:
-        dx.add_((g @ a).masked_fill_(dropped, 0) if dx.device.type != "cpu" else torch.where(dropped, 0, g @ a))
+        dx.add_(torch.where(dropped, 0, g @ a))
+    elif (kernels := kernels_for(dx)) is not None:
+        kernels.add_product(dx, g.contiguous(), a.contiguous(), dropped, p)
     else:
         flat = dx.view(-1)
         before = flat[dropped]

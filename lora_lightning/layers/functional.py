@@ -136,7 +136,7 @@ def forward_of(
         Outputs, ``(T, out)`` each; what was dropped; and ``kept(x) Aᵀ`` of each layer, ``(T, r)`` each, unscaled.
     """
     dropped = draw(x, dropout) if dropout else None
-    kept = x if dropped is None else without(x, dropped)
+    kept = x if dropped is None else without(x, dropped, dropout)
     xa = (kept @ _side_by_side(layers).t()).split([len(layer.a) for layer in layers], dim=1)
     outs = [
         F.linear(x, layer.weight, layer.bias).addmm_(part, layer.b.t(), alpha=layer.scaling / (1 - dropout))
@@ -209,9 +209,9 @@ def backward_of(
         return dx, grads
     g = gs[0] if len(gs) == 1 else torch.cat(gs, dim=1)  # (T, R)
     if dx is not None:
-        add_product(dx, g, _side_by_side([layers[place] for place in used]), dropped)
+        add_product(dx, g, _side_by_side([layers[place] for place in used]), dropped, dropout)
     if wants_a:
-        da = g.t() @ (x if dropped is None else without(x, dropped))  # (R, in)
+        da = g.t() @ (x if dropped is None else without(x, dropped, dropout))  # (R, in)
         for place, part in zip(used, da.split([len(layers[place].a) for place in used]), strict=True):
             weight, bias, _, b = grads[place]
             grads[place] = (weight, bias, part if needs[place].a else None, b)

@@ -28,6 +28,7 @@ from lora_lightning.layers.functional import (
 )
 from lora_lightning.layers.group import at_once
 from lora_lightning.layers.linear import LoraLinear
+from lora_lightning.layers.written import kernels_for
 
 FORMULA = "def forward(self, x): return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
 """What the forward of a class says to which :class:`LoraGated` may be put over."""
@@ -72,6 +73,19 @@ class Activation(NamedTuple):
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
 
+    def product(self, gate: Tensor, up: Tensor) -> Tensor:
+        """``a(gate) · up``, ``(T, f)``."""
+        if self is _SILU and (kernels := kernels_for(gate)) is not None:
+            return kernels.swiglu(gate, up)
+        return self.forward(gate).mul_(up)
+
+    def product_backward(self, dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of ``gate`` and ``up``, ``(T, f)``; ``dh`` is used up."""
+        if self is _SILU and (kernels := kernels_for(gate)) is not None:
+            return kernels.swiglu_backward(dh, gate, up)
+        dup = self.forward(gate).mul_(dh)
+        return self.backward(dh.mul_(up), gate), dup
+
 
 def _gelu(approximate: str) -> Activation:
     return Activation(
@@ -114,7 +128,7 @@ class _Gated(torch.autograd.Function):
         layers = grouped(tensors, scalings)
         x_flat = x.reshape(-1, x.shape[-1])
         (gate, up), dropped, xa = forward_of(x_flat, dropout, layers[:2])
-        h = activation.forward(gate).mul_(up)
+        h = activation.product(gate, up)
         (y,), dropped_h, ha = forward_of(h, dropout, layers[2:])
         ctx.dropout, ctx.activation, ctx.scalings, ctx.leading = dropout, activation, scalings, x.shape[:-1]
         ctx.save_for_backward(
@@ -128,13 +142,13 @@ class _Gated(torch.autograd.Function):
         x, gate, up, dropped, dropped_h, *rest = ctx.saved_tensors
         xa, layers = rest[:3], grouped(rest[3:], ctx.scalings)
         needs = needs_of(ctx.needs_input_grad[4:])
-        acted = ctx.activation.forward(gate)
+        h = ctx.activation.product(gate, up)
         dh, down_grads = backward_of(
-            [dy.reshape(-1, dy.shape[-1])], acted * up, dropped_h, xa[2:], ctx.dropout, layers[2:], True, needs[2:]
+            [dy.reshape(-1, dy.shape[-1])], h, dropped_h, xa[2:], ctx.dropout, layers[2:], True, needs[2:]
         )
         assert dh is not None
-        dup = acted.mul_(dh)
-        dgate = ctx.activation.backward(dh.mul_(up), gate)
+        dgate, dup = ctx.activation.product_backward(dh, gate, up)
+        del h, dh
         x_flat = x.reshape(-1, x.shape[-1])
         dx, grads = backward_of(
             [dgate, dup], x_flat, dropped, xa[:2], ctx.dropout, layers[:2], ctx.needs_input_grad[0], needs[:2]

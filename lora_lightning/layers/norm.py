@@ -5,13 +5,15 @@ Source: *Root Mean Square Layer Normalization*, arXiv 1910.07467, as the models 
 
 from __future__ import annotations
 
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lora_lightning.layers.functional import PLAIN, transformed
+from lora_lightning.layers.written import kernels_for
 
 _BODY = """def forward(self, x):
     dtype = x.dtype
@@ -21,6 +23,9 @@ _BODY = """def forward(self, x):
     return """
 FORMULAS = {f"{_BODY}self.weight * x.to(dtype)": False, f"{_BODY}(self.weight * x).to(dtype)": True}
 """What the forward of a class says to which one of the norms here may be put over, and whether it rounds last."""
+
+
+_WIDEST = 16384  # a row that one program of the kernel holds
 
 
 class LoraNorm(nn.Module):
@@ -58,6 +63,11 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, rounds_last: bool) -> Tensor:
+        if x.dtype == weight.dtype and x.shape[-1] <= _WIDEST and (kernels := kernels_for(x)) is not None:
+            x_flat = x.reshape(-1, x.shape[-1]).contiguous()
+            y, rho = kernels.norm(x_flat, weight, epsilon, rounds_last)
+            ctx.save_for_backward(x_flat, weight, rho)
+            return y.view(x.shape)
         wide = x.to(torch.float32)
         rho = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)  # (..., 1)
         ctx.save_for_backward(x, weight, rho)
@@ -70,6 +80,10 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
         x, weight, rho = ctx.saved_tensors
+        if rho.dim() == 1:
+            dy_flat = dy.reshape(-1, dy.shape[-1]).contiguous()
+            kernels = cast("ModuleType", kernels_for(x))
+            return kernels.norm_backward(dy_flat, x, weight, rho).view(dy.shape), None, None, None
         wide = x.to(torch.float32)
         wdy = dy.to(torch.float32) * weight
         along = torch.linalg.vecdot(wdy, wide).unsqueeze(-1)

@@ -124,7 +124,7 @@ def test_dropout_is_on_the_way_to_a_alone(dropout, bias):
     torch.manual_seed(1)
     y = layer(x)
     torch.manual_seed(1)
-    kept = without(torch.ones(30, 40, dtype=torch.float64), draw(x.detach().view(30, 40), dropout)).view_as(x)
+    kept = without(torch.ones(30, 40, dtype=torch.float64), draw(x.detach().view(30, 40), dropout), dropout).view_as(x)
     assert 0 < (kept == 0).sum() < kept.numel()
     _check_gradients(y, _formula(x, layer, x * kept / (1 - dropout)), [x, *layer.parameters()])
 

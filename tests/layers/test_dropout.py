@@ -9,7 +9,7 @@ from lora_lightning.layers.dropout import add_product, draw, without
 
 
 def _kept(shape, p, dtype=torch.float32):
-    return without(torch.ones(shape, dtype=dtype), draw(torch.ones(shape, dtype=dtype), p))
+    return without(torch.ones(shape, dtype=dtype), draw(torch.ones(shape, dtype=dtype), p), p)
 
 
 @pytest.mark.parametrize("p", [0.001, 0.05, 0.125, 0.3, 0.5, 0.9])
@@ -38,7 +38,7 @@ def test_places_are_within_the_input_and_the_same_for_the_same_seed(rows, column
     if first.dtype != torch.bool:
         assert (first.diff() > 0).all()
         assert ((first >= 0) & (first < x.numel())).all()
-    kept = without(x, first)
+    kept = without(x, first, p)
     assert kept.shape == x.shape
     assert ((kept == x) | (kept == 0)).all()
 
@@ -48,16 +48,16 @@ def test_a_product_is_added_where_nothing_was_dropped(p):
     torch.manual_seed(0)
     dx, g, a = torch.randn(20, 8), torch.randn(20, 3), torch.randn(3, 8)
     dropped = draw(dx, p) if p else None
-    kept = torch.ones(20, 8) if dropped is None else without(torch.ones(20, 8), dropped)
+    kept = torch.ones(20, 8) if dropped is None else without(torch.ones(20, 8), dropped, p)
     expected = dx + kept * (g @ a)
-    add_product(dx, g, a, dropped)
+    add_product(dx, g, a, dropped, p)
     torch.testing.assert_close(dx, expected)
 
 
 def test_an_input_that_is_no_whole_block_of_memory_loses_the_right_elements():
     x = torch.randn(40, 16).t()[:, ::2]
     dropped = draw(x, 0.1)
-    kept = without(x, dropped)
+    kept = without(x, dropped, 0.1)
     expected = x.reshape(-1).clone()
     expected[dropped] = 0
     assert torch.equal(kept, expected.view(16, 20))

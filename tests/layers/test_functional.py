@@ -48,7 +48,7 @@ def test_dropout_gradients_equal_those_of_the_elements_that_were_dropped(dropout
     torch.manual_seed(1)
     y = lora_linear(x, w, b, lora_a, lora_b, 2.0, dropout)
     torch.manual_seed(1)
-    kept = without(torch.ones(150, 6), draw(x.detach().reshape(-1, 6), dropout)).view_as(x)
+    kept = without(torch.ones(150, 6), draw(x.detach().reshape(-1, 6), dropout), dropout).view_as(x)
     assert 0 < (kept == 0).sum() < kept.numel()
     expected = F.linear(x, w, b) + 2.0 * (x * kept / (1 - dropout) @ lora_a.t() @ lora_b.t())
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)

@@ -1,0 +1,178 @@
+"""What is written out for CUDA in Triton: work on single elements and rows that would otherwise pass memory many times.
+
+Each function does what the composed operations in its caller do, to a rounding. Imported only where :func:`usable` says
+so: Triton comes with torch's builds for CUDA and ROCm.
+
+Shapes: ``T`` tokens, ``d`` and ``f`` features, ``r`` rank.
+"""
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 1024
+
+
+@triton.jit
+def _swiglu(gate, up, out, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < n
+    g = tl.load(gate + at, mask=inside).to(tl.float32)
+    u = tl.load(up + at, mask=inside).to(tl.float32)
+    acted = (g * tl.sigmoid(g)).to(out.dtype.element_ty).to(tl.float32)  # rounded where the composed one rounds
+    tl.store(out + at, (acted * u).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _swiglu_backward(dh, gate, up, dup, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < n
+    d = tl.load(dh + at, mask=inside).to(tl.float32)
+    g = tl.load(gate + at, mask=inside).to(tl.float32)
+    u = tl.load(up + at, mask=inside).to(tl.float32)
+    s = tl.sigmoid(g)
+    tl.store(dup + at, (d * g * s).to(dup.dtype.element_ty), mask=inside)
+    tl.store(dh + at, (d * u * s * (1 + g * (1 - s))).to(dh.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _norm(x, weight, y, rho, d, epsilon, ROUNDS_LAST: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < d
+    value = tl.load(x + row * d + at, mask=inside, other=0).to(tl.float32)
+    w = tl.load(weight + at, mask=inside, other=0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(value * value) / d + epsilon)
+    normal = value * scale
+    if not ROUNDS_LAST:
+        normal = normal.to(y.dtype.element_ty).to(tl.float32)
+    tl.store(y + row * d + at, (normal * w).to(y.dtype.element_ty), mask=inside)
+    tl.store(rho + row, scale)
+
+
+@triton.jit
+def _norm_backward(dy, x, weight, rho, dx, d, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < d
+    value = tl.load(x + row * d + at, mask=inside, other=0).to(tl.float32)
+    w = tl.load(weight + at, mask=inside, other=0).to(tl.float32)
+    wdy = tl.load(dy + row * d + at, mask=inside, other=0).to(tl.float32) * w
+    scale = tl.load(rho + row)
+    along = tl.sum(wdy * value) * scale * scale / d
+    tl.store(dx + row * d + at, (scale * (wdy - value * along)).to(dx.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _is_kept(at, seed, p):
+    """A hash of the place and the seed (32 bits, two rounds of multiply and shift) against the probability."""
+    low = (seed & 0xFFFFFFFF).to(tl.uint32)
+    high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    h = at.to(tl.uint32) ^ low
+    h ^= h >> 16
+    h *= 0x7FEB352D
+    h ^= h >> 15
+    h ^= high
+    h *= 0x846CA68B
+    h ^= h >> 16
+    h *= 0x9E3779B1
+    h ^= h >> 15
+    return (h >> 8).to(tl.float32) * 5.9604644775390625e-08 >= p  # 24 bits, over 2²⁴
+
+
+@triton.jit
+def _without(x, out, seed, n, p, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < n
+    value = tl.load(x + at, mask=inside)
+    tl.store(out + at, tl.where(_is_kept(at, tl.load(seed), p), value, 0), mask=inside)
+
+
+@triton.jit
+def _add_product(
+    dx,
+    g,
+    a,
+    seed,
+    T,
+    d,
+    r,
+    p,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    c = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
+    for start in range(0, r, BLOCK_R):
+        k = start + tl.arange(0, BLOCK_R)
+        left = tl.load(g + t[:, None].to(tl.int64) * r + k[None, :], mask=(t[:, None] < T) & (k[None, :] < r), other=0)
+        right = tl.load(a + k[:, None].to(tl.int64) * d + c[None, :], mask=(k[:, None] < r) & (c[None, :] < d), other=0)
+        total += tl.dot(left, right, input_precision="ieee")
+    at = t[:, None].to(tl.int64) * d + c[None, :]
+    inside = (t[:, None] < T) & (c[None, :] < d)
+    before = tl.load(dx + at, mask=inside, other=0).to(tl.float32)
+    total = tl.where(_is_kept(at, tl.load(seed), p), total, 0)
+    tl.store(dx + at, (before + total).to(dx.dtype.element_ty), mask=inside)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) · up``, all ``(T, f)`` and contiguous."""
+    out = torch.empty_like(gate)
+    with torch.cuda.device_of(gate):
+        _swiglu[(triton.cdiv(gate.numel(), _BLOCK),)](gate, up, out, gate.numel(), BLOCK=_BLOCK)
+    return out
+
+
+def swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """``dgate`` (in the place of ``dh``) and ``dup``, all ``(T, f)`` and contiguous."""
+    dup = torch.empty_like(up)
+    with torch.cuda.device_of(gate):
+        _swiglu_backward[(triton.cdiv(gate.numel(), _BLOCK),)](dh, gate, up, dup, gate.numel(), BLOCK=_BLOCK)
+    return dh, dup
+
+
+def norm(x: Tensor, weight: Tensor, epsilon: float, rounds_last: bool) -> tuple[Tensor, Tensor]:
+    """``y = x ρ w``, ``(T, d)``, and ``ρ``, ``(T,)`` float32; ``x`` is contiguous."""
+    rows, d = x.shape
+    y, rho = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(d)
+    with torch.cuda.device_of(x):
+        _norm[(rows,)](x, weight, y, rho, d, epsilon, ROUNDS_LAST=rounds_last, BLOCK=block, num_warps=_warps(block))
+    return y, rho
+
+
+def norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rho: Tensor) -> Tensor:
+    """``dx``, ``(T, d)``, of :func:`norm`; ``dy`` and ``x`` are contiguous."""
+    rows, d = x.shape
+    dx = torch.empty_like(x)
+    block = triton.next_power_of_2(d)
+    with torch.cuda.device_of(x):
+        _norm_backward[(rows,)](dy, x, weight, rho, dx, d, BLOCK=block, num_warps=_warps(block))
+    return dx
+
+
+def without(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    """A copy of ``x``, contiguous, with zeros where the seed, ``(1,)`` int64, says so with probability ``p``."""
+    out = torch.empty_like(x)
+    with torch.cuda.device_of(x):
+        _without[(triton.cdiv(x.numel(), _BLOCK),)](x, out, seed, x.numel(), p, BLOCK=_BLOCK)
+    return out
+
+
+def add_product(dx: Tensor, g: Tensor, a: Tensor, seed: Tensor, p: float) -> None:
+    """Add ``g A`` to ``dx``, ``(T, d)``, where :func:`without` keeps; ``g`` is ``(T, r)``, ``a`` ``(r, d)``."""
+    rows, d = dx.shape
+    grid = (triton.cdiv(rows, 64), triton.cdiv(d, 128))
+    rank = min(64, max(16, triton.next_power_of_2(g.shape[1])))
+    with torch.cuda.device_of(dx):
+        _add_product[grid](dx, g, a, seed, rows, d, g.shape[1], p, BLOCK_T=64, BLOCK_D=128, BLOCK_R=rank, num_warps=4)
+
+
+def _warps(block: int) -> int:
+    return min(16, max(1, block // 512))
