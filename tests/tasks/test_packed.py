@@ -294,7 +294,8 @@ def fit(tmp_path, batches, validation=None, steps=4, watch=(), **settings):
     module = CausalLM("demo:tiny-llama", optimizer=lambda parameters: torch.optim.SGD(parameters, 0.1))
     trainer = Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, max_steps=steps,
-        enable_model_summary=False, default_root_dir=tmp_path, callbacks=list(watch), num_sanity_val_steps=0, **settings,
+        enable_model_summary=False, default_root_dir=tmp_path, callbacks=list(watch), num_sanity_val_steps=0,
+        **settings,
     )  # fmt: skip
     trainer.fit(module, loader(batches), validation and loader(validation))
     return module, trainer
