@@ -36,6 +36,7 @@ from lora_lightning.injection.state import (
 from lora_lightning.optim import fuse, keep_trainable
 from lora_lightning.optim.by_kind import join_groups
 from lora_lightning.strategies import AdapterState, hooks, rng, state_for
+from lora_lightning.strategies.allocator import keep_freed_memory
 from lora_lightning.strategies.averaging import attach_averaging, begin_averaging, detach_averaging
 from lora_lightning.strategies.broadcast import include_frozen
 from lora_lightning.strategies.checks import check_first_step, check_trainer
@@ -202,6 +203,8 @@ class LoraCallback(pl.Callback):
         """Put adapted layers into train mode (a pretrained model comes in eval mode), and random states back."""
         if not getattr(trainer, "fast_dev_run", False):
             local_folder(trainer.log_dir or trainer.default_root_dir)  # refused now, not when training is over
+        if trainer.strategy.root_device.type == "cpu":
+            keep_freed_memory()
         _state_of(trainer).begin_fit()
         target = self._target(pl_module)
         if self._still:
