@@ -17,7 +17,9 @@ from torch.optim import Optimizer
 
 from lora_lightning.adapters import load_adapter
 from lora_lightning.adapters.checkpoint import adapter_from_checkpoint, checkpoint_entry, facts_of
+from lora_lightning.adapters.files import check_writable
 from lora_lightning.adapters.folder import chain_of, check_finite, write_folder
+from lora_lightning.adapters.written import first_process_writes
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import LoraConfigError
 from lora_lightning.injection import LoraReport, freeze_rest, inject_lora, lora_parameters, report_of
@@ -202,7 +204,8 @@ class LoraCallback(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put adapted layers into train mode (a pretrained model comes in eval mode), and random states back."""
         if not getattr(trainer, "fast_dev_run", False):
-            local_folder(trainer.log_dir or trainer.default_root_dir)  # refused now, not when training is over
+            # Refused now, not when training is over.
+            check_writable(local_folder(trainer.log_dir or trainer.default_root_dir))
         if trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
         _state_of(trainer).begin_fit()
@@ -297,8 +300,12 @@ class LoraCallback(pl.Callback):
         folder = trainer.log_dir or trainer.default_root_dir  # log_dir talks to all ranks: ask before they part
         state = _state_of(trainer).whole_state()
         check_finite(state)  # on all ranks: none is to wait for one that has failed
-        if getattr(trainer, "fast_dev_run", False) or not trainer.is_global_zero:
-            return
+        if not getattr(trainer, "fast_dev_run", False):
+            first_process_writes(folder, functools.partial(self._write_adapters, trainer, pl_module, folder, state))
+
+    def _write_adapters(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, folder: str, state: dict[str, Tensor]
+    ) -> None:
         place = self._write_adapter(trainer, pl_module, folder, state)
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         if best and not Path(best).exists():

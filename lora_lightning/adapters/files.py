@@ -19,9 +19,9 @@ from typing import IO, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from lora_lightning.adapters.distributed import META
+from lora_lightning.adapters.written import distributed, failing_together, first_process_writes, unwritten
 from lora_lightning.errors import AdapterError
 
 MANIFEST = "checksums.json"  # of a checkpoint that is a folder; written last, so without it the folder is unfinished
@@ -55,7 +55,7 @@ def atomic_save(obj: Any, path: str | os.PathLike[str]) -> None:
         _save_flushed(obj, temporary)
         _put(temporary, path)
     except OSError as error:
-        raise _unwritten(path, error, obj) from error
+        raise unwritten(path, error, obj) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -81,7 +81,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}{_MARK}folder")
-    first = not _distributed() or dist.get_rank() == 0
+    first = not distributed() or dist.get_rank() == 0
 
     def prepare() -> None:
         _refuse_other_folder(path)
@@ -93,17 +93,31 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         _put(temporary, path)
 
     try:
-        _on_all(path, prepare if first else None)
-        failed: BaseException | None = None
-        try:
+        first_process_writes(path, prepare)
+        with failing_together(path):
             yield temporary
-        except BaseException as error:  # told to the others below, which would wait for this process
-            failed = error
-        _raise_together(path, failed)
-        _on_all(path, finish if first else None)
+        first_process_writes(path, finish)
     finally:
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Make a folder and see that a file can be put into it; call it on every process.
+
+    Raises:
+        AdapterError: If not, on every process.
+    """
+    trial = Path(folder) / f".trial{_MARK}{os.getpid()}_{secrets.token_hex(4)}"
+
+    def write() -> None:
+        trial.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            trial.write_bytes(b"adapter")
+        finally:
+            trial.unlink(missing_ok=True)
+
+    first_process_writes(folder, write)
 
 
 def damage_of(path: str | os.PathLike[str]) -> str | None:
@@ -240,24 +254,6 @@ def _flush_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def _unwritten(path: Path, error: BaseException, obj: Any = None) -> AdapterError:
-    wanted = f" About {_bytes_of(obj):,} bytes were to be written" if obj is not None else " It was to be written"
-    with contextlib.suppress(OSError):
-        wanted += f", {shutil.disk_usage(path.parent).free:,} bytes are free there"
-    reason = getattr(error, "strerror", None) or str(error)
-    return AdapterError(
-        f"the checkpoint {path} could not be written: {reason}.{wanted}. Checkpoints saved earlier are whole. Make "
-        "room or name another folder, then resume from the last one"
-    )
-
-
-def _bytes_of(obj: Any) -> int:
-    if isinstance(obj, Tensor):
-        return obj.untyped_storage().nbytes()
-    items = obj.values() if isinstance(obj, dict) else obj if isinstance(obj, (list, tuple)) else ()
-    return sum(map(_bytes_of, items))
-
-
 # ---- folders
 
 
@@ -300,32 +296,3 @@ def _crc32(path: Path, *, flush: bool = False) -> int:
         if flush:
             os.fsync(file.fileno())
     return value
-
-
-# ---- several processes
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _on_all(path: Path, action: Any) -> None:
-    """Let one process act while the others wait, and let all fail with it."""
-    failed: BaseException | None = None
-    try:
-        if action is not None:
-            action()
-    except BaseException as error:  # of whatever kind: the others wait for this process
-        failed = error
-    _raise_together(path, failed)
-
-
-def _raise_together(path: Path, failed: BaseException | None) -> None:
-    told: list[Any] = [None if failed is None else _unwritten(path, failed).args[0]]
-    if _distributed():
-        mine, told = told[0], [None] * dist.get_world_size()
-        dist.all_gather_object(told, mine)
-    if failed is not None and not isinstance(failed, (OSError, RuntimeError)):
-        raise failed
-    if message := next((each for each in told if each is not None), None):
-        raise AdapterError(message) from failed

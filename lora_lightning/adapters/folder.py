@@ -22,6 +22,7 @@ from lora_lightning.adapters.fingerprint import fingerprint
 from lora_lightning.adapters.peft_config import from_peft_config, to_peft_config
 from lora_lightning.adapters.peft_names import PREFIX, as_written_here, peft_names, prefix_hint
 from lora_lightning.adapters.tensor_file import is_finite, names_in, read_tensors, write_tensors
+from lora_lightning.adapters.written import unwritten, written_aside
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import AdapterError, LoraConfigError
 from lora_lightning.injection import LoraReport, freeze_base, report_of, unload_lora
@@ -123,12 +124,15 @@ def write_folder(
     if (folder / WEIGHTS_FILE).exists() and not overwrite:
         raise AdapterError(f"{folder} holds an adapter already: choose another folder, or pass overwrite=True")
     check_finite(state)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / CONFIG_FILE, _json(facts.config))
-    _write(folder / RECORD_FILE, _json(facts.record))
-    if facts.outside:
-        write_tensors(folder / OUTSIDE_FILE, {name: state[name] for name in facts.outside})
-    write_tensors(folder / WEIGHTS_FILE, {key: state[name] for name, key in facts.keys.items()})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / CONFIG_FILE, _json(facts.config))
+        _write(folder / RECORD_FILE, _json(facts.record))
+        if facts.outside:
+            write_tensors(folder / OUTSIDE_FILE, {name: state[name] for name in facts.outside})
+        write_tensors(folder / WEIGHTS_FILE, {key: state[name] for name, key in facts.keys.items()})
+    except OSError as error:
+        raise unwritten(folder, error) from error
     return folder
 
 
@@ -311,6 +315,5 @@ def _json(content: Mapping[str, Any]) -> bytes:
 
 
 def _write(path: Path, content: bytes) -> None:
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_bytes(content)
-    os.replace(aside, path)
+    with written_aside(path) as file:
+        file.write(content)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lora_lightning.adapters.written import written_aside
 from lora_lightning.errors import AdapterError
 
 _DTYPES = {
@@ -50,12 +50,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         header[name] = {"dtype": _DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [begin, end]}
     told = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     told += b" " * (-len(told) % 8)
-    aside = path.with_name(f".{path.name}.tmp")
-    with open(aside, "wb") as file:
+    with written_aside(path) as file:
         file.write(len(told).to_bytes(8, "little") + told)
         for _, value in ordered:
             file.write(value.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy())
-    os.replace(aside, path)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lora_lightning.adapters.distributed import write_distributed
 from lora_lightning.adapters.files import atomic_folder
+from lora_lightning.adapters.written import first_process_writes
 from lora_lightning.errors import AdapterError, LoraConfigError
 from lora_lightning.injection.state import injected_roots, record_of
 from lora_lightning.injection.tensors import whole
@@ -76,5 +77,6 @@ class ShardedState(AdapterState):
                 raise AdapterError(f"storage_options are for a checkpoint that is one file, got {storage_options!r}")
             with atomic_folder(path) as folder:
                 write_distributed(checkpoint, folder)
-        elif self.strategy.is_global_zero:
-            self.strategy.checkpoint_io.save_checkpoint(checkpoint, path, storage_options=storage_options)
+        else:
+            save = self.strategy.checkpoint_io.save_checkpoint
+            first_process_writes(path, lambda: save(checkpoint, path, storage_options=storage_options))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lora_lightning.adapters.checkpoint import CHECKPOINT_KEY, FORMAT, entries_of, read_checkpoint
+from lora_lightning.adapters.written import failing_together
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import AdapterError
 from lora_lightning.injection.state import injected_roots, load_lora_state, lora_parameters, lora_state_dict
@@ -122,8 +123,9 @@ class AdapterState:
         return tensor
 
     def write(self, checkpoint: dict[str, Any], path: Path, storage_options: Any | None) -> None:
-        """Bring a finished checkpoint to disk; called on every process."""
-        self._save(checkpoint, path, storage_options=storage_options)
+        """Bring a finished checkpoint to disk; called on every process, and fails on all of them or on none."""
+        with failing_together(path):
+            self._save(checkpoint, path, storage_options=storage_options)
 
     # ---- what is saved
 

@@ -106,9 +106,9 @@ def test_a_full_disk_is_an_error_and_the_file_before_is_whole(tmp_path):
     ).stdout.splitlines()
     assert len(said) == 3
     for line, count in zip(said, numbers, strict=True):
-        assert line.startswith(f"AdapterError the checkpoint {path} could not be written: File too large.")
+        assert line.startswith(f"AdapterError {path} could not be written: File too large.")
         assert f"About {count * 4:,} bytes were to be written" in line
-        assert "saved earlier are whole" in line
+        assert "saved earlier is whole" in line
     assert path.read_bytes() == before
     assert left_in(tmp_path) == ["run.ckpt"]
 
