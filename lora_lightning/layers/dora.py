@@ -49,7 +49,8 @@ class DoraLayer(LoraLayer):
         if not weight.is_floating_point() or sorted(weight.shape) != sorted(cls.lora_sides(layer)):
             return (
                 f"DoRA needs the norms of its weight, which is stored as {type(weight).__name__} of "
-                f"{weight.dtype}, {tuple(weight.shape)}: use_dora=False for a quantised base"
+                f"{weight.dtype}, {tuple(weight.shape)}: use_dora=False for a quantised base, and inject before FSDP "
+                "flattens a weight"
             )
         return None
 
