@@ -53,7 +53,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     with written_aside(path) as file:
         file.write(len(told).to_bytes(8, "little") + told)
         for _, value in ordered:
-            file.write(value.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy())
+            file.write(value.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -13,6 +13,9 @@ from lora_lightning.errors import AdapterError
 from lora_lightning.injection.names import canonical
 from lora_lightning.injection.tensors import spread_like
 
+_HOW_TO_STEP = ("foreach", "fused", "capturable", "differentiable")  # which belongs to a device, not to a training
+_OF_GROUPS = ("lrs", "_last_lr", "lr_lambdas", "momentums")  # ends of names of what schedulers keep of every group
+
 
 def named_state(optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
     """What ``optimizer.state_dict()`` gives, with canonical names of parameters in place of their numbers."""
@@ -28,19 +31,45 @@ def named_state(optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
     }
 
 
-def load_named_states(optimizers: Sequence[Optimizer], saved: Sequence[Mapping[str, Any]], module: nn.Module) -> None:
+def load_named_states(
+    optimizers: Sequence[Optimizer], saved: Sequence[Mapping[str, Any]], module: nn.Module
+) -> list[list[int]]:
     """Load what :func:`named_state` gave of each optimizer, all tensors whole, whatever order they have now.
+
+    Returns:
+        For each optimizer, which of the saved groups each of its groups is; -1 for one that was not saved.
 
     Raises:
         AdapterError: If there are other optimizers, groups or parameters than were saved.
     """
     if len(optimizers) != len(saved):
         raise AdapterError(f"the checkpoint has the states of {len(saved)} optimizers, this run has {len(optimizers)}")
-    for number, (optimizer, states) in enumerate(zip(optimizers, saved, strict=True)):
+    return [
         _load(_plain(optimizer), states, module, f"optimizer {number}")
+        for number, (optimizer, states) in enumerate(zip(optimizers, saved, strict=True))
+    ]
 
 
-def _load(optimizer: Optimizer, saved: Mapping[str, Any], module: nn.Module, which: str) -> None:
+def in_order(scheduler: Any, order: Sequence[int]) -> Any:
+    """A scheduler's saved state with what it has of each group in the order that the groups have now.
+
+    Args:
+        scheduler: Its ``state_dict``, or a part of it.
+        order: Of its optimizer's groups, as :func:`load_named_states` gives it.
+    """
+    if sorted(order) != list(range(len(order))):
+        return scheduler  # an engine has dropped groups in which nothing trains
+    if isinstance(scheduler, Mapping):
+        return {
+            key: [value[number] for number in order]
+            if key.endswith(_OF_GROUPS) and isinstance(value, list) and len(value) == len(order)
+            else in_order(value, order)
+            for key, value in scheduler.items()
+        }
+    return [in_order(each, order) for each in scheduler] if isinstance(scheduler, list) else scheduler
+
+
+def _load(optimizer: Optimizer, saved: Mapping[str, Any], module: nn.Module, which: str) -> list[int]:
     names = _names(optimizer, module)
     here, there = set(names), {name for group in saved["param_groups"] for name in group["params"]}
     if here != there:
@@ -57,10 +86,12 @@ def _load(optimizer: Optimizer, saved: Mapping[str, Any], module: nn.Module, whi
         if name in saved["state"]
     }
     settings = [
-        {**settings_of(there), **{key: here[key] for key in ("params", "param_names") if key in here}}
+        {**settings_of(there), **{key: here[key] for key in ("params", "param_names", *_HOW_TO_STEP) if key in here}}
         for here, there in pairs
     ]
     optimizer.load_state_dict({"state": state, "param_groups": settings})
+    places = {id(group): number for number, group in enumerate(saved["param_groups"])}
+    return [places.get(id(there), -1) for _, there in pairs]
 
 
 def _paired(here: list[Any], there: Sequence[Any], names: list[str], which: str) -> list[tuple[Any, Any]]:

@@ -198,7 +198,13 @@ class AdapterState:
         if saved is None:
             raise AdapterError("the checkpoint has no optimizer state (save_weights_only=True): it cannot be resumed")
         train_as_saved(self.strategy.optimizers, saved, self.module)
-        by_name.load_named_states(self.strategy.optimizers, saved, self.module)
+        orders = by_name.load_named_states(self.strategy.optimizers, saved, self.module)
+        # Lightning loads the schedulers next, which count their optimizer's groups.
+        of_optimizer = {id(o): order for o, order in zip(self.strategy.optimizers, orders, strict=True)}
+        schedulers = checkpoint.get("lr_schedulers", [])
+        for number, config in enumerate(self.strategy.lr_scheduler_configs[: len(schedulers)]):
+            if (order := of_optimizer.get(id(getattr(config.scheduler, "optimizer", None)))) is not None:
+                schedulers[number] = by_name.in_order(schedulers[number], order)
 
     @property
     def module(self) -> pl.LightningModule:

@@ -1,13 +1,14 @@
 """Optimizer states by name, against the optimizer that goes on without interruption."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from torch import nn
 
 from lora_lightning import AdapterError
-from lora_lightning.strategies.optimizer_state import load_named_states, named_state
+from lora_lightning.strategies.optimizer_state import in_order, load_named_states, named_state
 
 
 def _model():
@@ -67,6 +68,47 @@ def test_groups_in_another_order_keep_their_learning_rates(orders):
     for group, order in zip(resumed.param_groups, orders, strict=True):
         # One that the checkpoint does not have, which some engines drop, stays as it is.
         assert group["lr"] == (rates[order[0]] if order else 9.0)
+
+
+@pytest.mark.parametrize("order", [([A, B], [C, D]), ([C, D], [A, B])])
+def test_schedulers_follow_the_groups(order):
+    def scheduled(model, *orders):
+        factors = {A: 0.9, C: 0.5}
+        groups = [{**g, "lr": {A: 0.1, C: 0.01}[o[0]]} for g, o in zip(_groups(model, *orders), orders, strict=True)]
+        optimizer = torch.optim.SGD(groups)
+        functions = [functools.partial(pow, factors[order[0]]) for order in orders]
+        first = torch.optim.lr_scheduler.LambdaLR(optimizer, functions)
+        second = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
+        return optimizer, torch.optim.lr_scheduler.SequentialLR(optimizer, [first, second], [4])
+
+    model = _model()
+    optimizer, scheduler = scheduled(model, [A, B], [C, D])
+    resumed, again = scheduled(model, *order)
+    saved = [copy.deepcopy((named_state(optimizer, model), scheduler.state_dict())) for _ in range(6) if _tick(scheduler)]
+    state, ticks = saved[1]
+    (found,) = load_named_states([resumed], [state], model)
+    again.load_state_dict(in_order(ticks, found))
+    for _ in range(4):
+        _tick(again)
+    wanted = dict(zip((A, C), scheduler.get_last_lr(), strict=True))
+    assert again.get_last_lr() == pytest.approx([wanted[names[0]] for names in order])
+
+
+def _tick(scheduler):
+    scheduler.optimizer.step()
+    scheduler.step()
+    return True
+
+
+def test_how_an_optimizer_steps_is_this_runs():
+    """A checkpoint of a run on a GPU is read on a CPU."""
+    model = _model()
+    saved = named_state(torch.optim.AdamW(model.parameters(), weight_decay=0.3), model)
+    saved["param_groups"][0] |= {"fused": True, "capturable": True, "foreach": False}
+    optimizer = torch.optim.AdamW(model.parameters())
+    load_named_states([optimizer], [saved], model)
+    group = optimizer.param_groups[0]
+    assert (group["fused"], group["capturable"], group["foreach"], group["weight_decay"]) == (None, False, None, 0.3)
 
 
 def test_groups_without_parameters_go_by_their_order():
