@@ -1,8 +1,8 @@
 import inspect
 import json
 import os
-import subprocess
-import sys
+import time
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -287,41 +287,35 @@ def test_streams_are_not_kept():
         TextData("x", cache=True, streaming=True)
 
 
-ONE_OF_MANY = """
-import os, pathlib, sys, time
-from lora_lightning.data import TextData
-from tests.data.conftest import CHATML, train_tokenizer
+def one_of_many(path, folder, together, sums):
+    load = TextData.load
 
-path, folder = sys.argv[1:]
-load = TextData.load
+    def slow(self, tokenizer):
+        with open(folder / "made", "a") as file:
+            file.write("x")
+        time.sleep(0.3)  # for the others to come meanwhile
+        return load(self, tokenizer)
 
-def slow(self, tokenizer):
-    with open(folder + "/made", "a") as file:
-        file.write("x")
-    time.sleep(0.5)
-    return load(self, tokenizer)
+    TextData.load = slow
+    together.wait()
+    data = set_up(path, cache=str(folder))
+    sums.put(total(data))
 
-TextData.load = slow
-tokenizer = train_tokenizer()
-tokenizer.chat_template = CHATML
-data = TextData(path, tokenizer=tokenizer, max_length=60, cache=folder)
-(pathlib.Path(folder) / f"ready{os.getpid()}").touch()
-while len(list(pathlib.Path(folder).glob("ready*"))) < 2:
-    time.sleep(0.01)
-data.setup()
-print(sum(example["input_ids"].sum().item() for example in data.loaded.train.examples))
-"""
+
+def total(data):
+    return sum(example["input_ids"].sum().item() for example in data.loaded.train.examples)
 
 
 def test_of_several_processes_one_makes_the_rows(bad, tmp_path):
-    folder = tmp_path / "kept"
+    context, folder = get_context("fork"), tmp_path / "kept"
     folder.mkdir()
-    command = [sys.executable, "-c", ONE_OF_MANY, bad, str(folder)]
-    processes = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True)
-        for _ in range(2)
-    ]
-    sums = [process.communicate(timeout=200)[0].splitlines()[-1] for process in processes]
+    together, sums = context.Barrier(3), context.Queue()
+    processes = [context.Process(target=one_of_many, args=(bad, folder, together, sums)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    found = [sums.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
     assert (folder / "made").read_text() == "x"
-    fresh = set_up(bad)
-    assert set(sums) == {str(sum(example["input_ids"].sum().item() for example in fresh.loaded.train.examples))}
+    assert set(found) == {total(set_up(bad))}
