@@ -35,7 +35,16 @@ _FORMS: WeakKeyDictionary[nn.Module, Form | None] = WeakKeyDictionary()
 def root_of(model: nn.Module) -> nn.Module:
     """The transformers model inside, or the module itself where there is none."""
     inner = unwrap(model)
-    return inner if callable(getattr(inner, "get_output_embeddings", None)) else find_root(inner)[1]
+    if _has_head(type(inner)):
+        return inner
+    root = find_root(inner)[1]
+    if _has_head(root):  # maybe only in the name of what it is around, as PEFT's classes
+        root = next((module for module in root.modules() if _has_head(type(module))), root)
+    return root
+
+
+def _has_head(thing: object) -> bool:
+    return callable(getattr(thing, "get_output_embeddings", None))
 
 
 def run_model(
