@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_lightning.injection.names import canonical_modules
 from lora_lightning.injection.source import called_on_one_input, is_formula
-from lora_lightning.layers import LoraLinear, plain_class
+from lora_lightning.layers import DoraLinear, LoraLinear, plain_class
 from lora_lightning.layers.gated import FORMULA, LoraGated, activation_of
 from lora_lightning.layers.group import LoraGroup
 from lora_lightning.layers.hazards import why_not
@@ -44,19 +44,22 @@ def compute_apart(root: nn.Module) -> None:
 
 
 def _group(parent: nn.Module, parents: Counter[int]) -> None:
-    if sum(_computes_itself(child) for child in parent._modules.values()) < 2:
+    if sum(_shares(child) for child in parent._modules.values()) < 2:
         return
     kind: type = type(parent)
     for names in called_on_one_input(kind):
-        layers = [child for child in map(parent._modules.get, names) if isinstance(child, LoraLinear)]
+        layers = [child for child in map(parent._modules.get, names) if isinstance(child, (LoraLinear, DoraLinear))]
         # A layer that has another parent too may be called without the rest of its group.
-        layers = [
-            layer for layer in layers if _computes_itself(layer) and not layer.lora_group and parents[id(layer)] == 1
-        ]
+        layers = [layer for layer in layers if _shares(layer) and not layer.lora_group and parents[id(layer)] == 1]
         if len(layers) > 1 and len({layer.in_features for layer in layers}) == 1:
             group = LoraGroup(layers)
             for layer in layers:
                 vars(layer)["lora_group"] = group
+
+
+def _shares(layer: nn.Module | None) -> bool:
+    """Whether a layer's forward is one that can share work; all of one model are of one variant."""
+    return getattr(type(layer), "forward", None) in (LoraLinear.forward, DoraLinear.forward)
 
 
 def _computes_itself(layer: nn.Module | None) -> bool:

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_lightning.layers.base import LoraLayer
 from lora_lightning.layers.dora import DoraLayer
-from lora_lightning.layers.dora_functional import dora_linear
+from lora_lightning.layers.dora_functional import Scaled, dora_linears
 from lora_lightning.layers.functional import Adapted, lora_linear
 from lora_lightning.layers.linear import LoraOverLinear
 
@@ -59,7 +59,7 @@ class DoraConv1D(DoraOverConv1D, Conv1D):
         if not self.lora_enabled:
             return Conv1D.forward(self, x)
         layer = Adapted(self.weight.t(), self.bias, self.lora_A, self.lora_B, self.lora_scaling)
-        return dora_linear(x, layer, self.lora_magnitude, self.lora_norm(), self._active_dropout)
+        return dora_linears(x, [Scaled(layer, self.lora_magnitude, self.lora_norm())], self._active_dropout)[0]
 
 
 CONV1D_KINDS: dict[str, tuple[type[LoraLayer], type[LoraLayer]]] = {

@@ -6,17 +6,19 @@ Source: DoRA, arXiv 2402.09353.
 
 from __future__ import annotations
 
-from typing import ClassVar, cast
+from collections.abc import Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lora_lightning.layers.base import LoraLayer
-from lora_lightning.layers.dora_functional import dora_linear, ratio
+from lora_lightning.layers.dora_functional import Scaled, dora_linears, ratio
 from lora_lightning.layers.dora_norm import adapted_norms, beside, remembered
 from lora_lightning.layers.embedding import LoraOverEmbedding
 from lora_lightning.layers.functional import Adapted
+from lora_lightning.layers.group import LoraGroup
 from lora_lightning.layers.linear import LoraOverLinear
 
 
@@ -89,14 +91,32 @@ class DoraOverLinear(DoraLayer, LoraOverLinear):
 
 
 class DoraLinear(DoraOverLinear, nn.Linear):
-    """``nn.Linear`` with DoRA, ``y = m/‖W + s B A‖ ⊙ (x Wᵀ + s · (drop(x) Aᵀ) Bᵀ) + b``."""
+    """``nn.Linear`` with DoRA, ``y = m/‖W + s B A‖ ⊙ (x Wᵀ + s · (drop(x) Aᵀ) Bᵀ) + b``.
+
+    Attributes:
+        lora_group: The layers that its parent calls on the same input, with which it shares work; often none.
+    """
+
+    lora_group: LoraGroup | None = None
+
+    @property
+    def lora_tensors(self) -> Scaled:
+        """What the arithmetic needs of the layer."""
+        adapted = Adapted(self.weight, self.bias, self.lora_A, self.lora_B, self.lora_scaling)
+        return Scaled(adapted, self.lora_magnitude, self.lora_norm())
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # as nn.Linear's
         """``(..., in) -> (..., out)``."""
         if not self.lora_enabled:
             return nn.Linear.forward(self, x)
-        layer = Adapted(self.weight, self.bias, self.lora_A, self.lora_B, self.lora_scaling)
-        return dora_linear(x, layer, self.lora_magnitude, self.lora_norm(), self._active_dropout)
+        if self.lora_group is not None:
+            return self.lora_group.output(self, x)
+        return self.lora_together(x, [self])[0]
+
+    @staticmethod
+    def lora_together(x: Tensor, layers: Sequence[Any]) -> tuple[Tensor, ...]:
+        """The outputs of layers on one input: ``(..., in) -> (..., out)`` each."""
+        return dora_linears(x, [layer.lora_tensors for layer in layers], layers[0]._active_dropout)
 
 
 class DoraOverEmbedding(DoraLayer, LoraOverEmbedding):

@@ -10,7 +10,8 @@ the whole ``x``, as it does without DoRA.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,27 +28,42 @@ from lora_lightning.layers.functional import (
     written_out,
 )
 
-_SMALLEST = {torch.float16: 2.0**-10, torch.float64: 2.0**-100}  # of c, so that y / c has the digits of z
+
+class Scaled(NamedTuple):
+    """The tensors of one linear layer with DoRA."""
+
+    adapted: Adapted
+    """Those it has without DoRA."""
+    magnitude: Tensor
+    """``m``, ``(out,)``."""
+    norm: Tensor
+    """``‖W + s B A‖`` of each output, ``(out,)``, in float32 at least; no gradient goes through it."""
 
 
-def dora_linear(x: Tensor, layer: Adapted, magnitude: Tensor, norm: Tensor, dropout: float = 0.0) -> Tensor:
-    """``y = m/norm ⊙ (x Wᵀ + s · (drop(x) Aᵀ) Bᵀ) + b``, in the dtype of ``x`` (autocast's where it is on).
+def dora_linears(x: Tensor, layers: Sequence[Scaled], dropout: float = 0.0) -> tuple[Tensor, ...]:
+    """``y = m/norm ⊙ (x Wᵀ + s · (drop(x) Aᵀ) Bᵀ) + b`` of layers on one input, which share one draw of the dropout.
 
     Args:
         x: Input, ``(..., in)``.
-        layer: The layer's tensors.
-        magnitude: ``m``, ``(out,)``.
-        norm: ``‖W + s B A‖`` of each output, ``(out,)``, in float32 at least; no gradient goes through it.
+        layers: The layers' tensors.
         dropout: Probability of dropping an element of ``x`` on its way to ``A``; 0 outside training.
 
     Returns:
-        ``(..., out)``.
+        ``(..., out)`` for each layer, in the dtype of ``x`` (autocast's where it is on).
     """
-    x, (layer,) = in_one_dtype(x, [layer])
-    if written_out(x, [layer]) and written_out(magnitude, []):
-        return _DoraLinear.apply(x, *layer[:4], magnitude, norm, layer.scaling, dropout)
+    x, adapted = in_one_dtype(x, [layer.adapted for layer in layers])
+    if written_out(x, adapted) and all(written_out(layer.magnitude, []) for layer in layers):
+        scalings = tuple(layer.scaling for layer in adapted)
+        tensors = [t for a, layer in zip(adapted, layers, strict=True) for t in (*a[:4], layer.magnitude, layer.norm)]
+        return _DoraLinears.apply(x, dropout, scalings, *tensors)
+    return tuple(
+        _composed(x, a, ratio(layer.magnitude, layer.norm), dropout) for a, layer in zip(adapted, layers, strict=True)
+    )
+
+
+def _composed(x: Tensor, layer: Adapted, c: Tensor, dropout: float) -> Tensor:
     z = F.linear(x, layer.weight) + low_rank(x, layer.a, layer.b, layer.scaling, dropout)
-    y = (z * ratio(magnitude, norm)).to(x.dtype)
+    y = (z * c).to(x.dtype)
     return y if layer.bias is None else y + layer.bias
 
 
@@ -57,7 +73,7 @@ def ratio(magnitude: Tensor, norm: Tensor) -> Tensor:
     return torch.where(norm == 0, 1, magnitude / norm)
 
 
-class _DoraLinear(torch.autograd.Function):
+class _DoraLinears(torch.autograd.Function):
     """Forward and backward written out.
 
     With ``d = dy ⊙ c`` the gradients are those of the layer without DoRA for ``d``, and ``dm = Σ dy ⊙ z / norm`` over
@@ -68,71 +84,102 @@ class _DoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        a: Tensor,
-        b: Tensor,
-        magnitude: Tensor,
-        norm: Tensor,
-        scaling: float,
-        dropout: float,
-    ) -> Tensor:
-        layer = Adapted(weight, None, a, b, scaling)
-        (z,), dropped, (xa,) = forward_of(x.reshape(-1, x.shape[-1]), dropout, [layer])
-        c = ratio(magnitude, norm)
-        divisor = torch.where(norm == 0, 1, norm)  # dm = Σ dy ⊙ kept / divisor
-        if bias is None:
-            smallest = _SMALLEST.get(z.dtype, 2.0**-40)
-            c = torch.where(c.abs() < smallest, torch.copysign(torch.full_like(c, smallest), c), c)
-            divisor = divisor * c
-            kept = flat = z.mul_(c)
-        else:
-            kept, flat = z, torch.mul(z, c, out=torch.empty_like(z)).add_(bias)
-        # Not a view of it, which nobody could write into.
-        y = torch.ops.aten._unsafe_view(flat, [*x.shape[:-1], flat.shape[-1]])
-        needs_x, needs_w, _, needs_a, needs_b, needs_m = ctx.needs_input_grad[:6]
-        ctx.scaling, ctx.dropout, ctx.leading = scaling, dropout, x.shape[:-1]
-        takes_back = needs_m and bias is None
-        final = torch.compiler.is_compiling() or y.is_inference()  # nothing overwrites it, or there is no backward
-        ctx.watch = _Watch(y) if takes_back and not final else None
+        ctx: Any, x: Tensor, dropout: float, scalings: tuple[float, ...], *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        layers = [_Layer(*part) for part in _parts(tensors, 6)]
+        adapted = [layer.adapted(scaling) for layer, scaling in zip(layers, scalings, strict=True)]
+        zs, dropped, xas = forward_of(x.reshape(-1, x.shape[-1]), dropout, adapted)
+        needs_x, needs = ctx.needs_input_grad[0], [_Layer(*part) for part in _parts(ctx.needs_input_grad[3:], 6)]
+        ys: list[Tensor] = []
+        ctx.watches, saved = [], []
+        for layer, z, xa, need in zip(layers, zs, xas, needs, strict=True):
+            flat, kept, c, divisor = _scale(z, layer)
+            # Not a view of it, which nobody could write into.
+            y = torch.ops.aten._unsafe_view(flat, [*x.shape[:-1], flat.shape[-1]])
+            ys.append(y)
+            again = need.magnitude and layer.bias is None
+            final = torch.compiler.is_compiling() or y.is_inference()  # nothing overwrites it, or there is no backward
+            ctx.watches.append(_Watch(y) if again and not final else None)
+            saved += [
+                layer.weight if needs_x or again else None,
+                layer.a if needs_x or need.a else None,
+                layer.b if needs_x or need.a or again else None,
+                xa if need.b or again else None,
+                kept if need.magnitude else None,
+                c,
+                divisor if need.magnitude else None,
+            ]
+        wants_x = any(need.weight or need.a for need in needs)
+        again = any(watch is not None for watch in ctx.watches)
+        ctx.dropout, ctx.scalings, ctx.leading = dropout, scalings, x.shape[:-1]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            x if needs_w or needs_a or takes_back else None,
-            weight if needs_x or takes_back else None,
-            a if needs_x or needs_a else None,
-            b if needs_x or needs_a or takes_back else None,
-            xa if needs_b or takes_back else None,
-            dropped if needs_x or needs_w or needs_a else None,
-            kept if needs_m else None,
-            c,
-            divisor if needs_m else None,
-        )
-        return y
+        ctx.save_for_backward(x if wants_x or again else None, dropped if wants_x or needs_x else None, *saved)
+        return tuple(ys)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        if dy is None:
-            return (None,) * 9
-        x, weight, a, b, xa, dropped, kept, c, divisor = ctx.saved_tensors
-        needs_x, needs_w, needs_bias, needs_a, needs_b, needs_m = ctx.needs_input_grad[:6]
-        layer = Adapted(weight, None, a, b, ctx.scaling)
-        x = x if x is None else x.reshape(-1, x.shape[-1])
-        dy = dy.reshape(-1, dy.shape[-1])
-        d = torch.empty_like(dy)
-        dm = None
-        if needs_m:
-            if ctx.watch is not None and ctx.watch.changed:
-                scale = ctx.scaling / (1 - ctx.dropout)
-                kept = F.linear(x, weight).addmm_(xa, b.t(), alpha=scale).mul_(c)
-            dm = torch.mul(dy, kept, out=d).sum(0, dtype=divisor.dtype) / divisor
-        torch.mul(dy, c, out=d)
-        needs = [Needs(needs_w, False, needs_a, needs_b)]
-        dx, ((dw, _, da, db),) = backward_of([d], x, dropped, [xa], ctx.dropout, [layer], needs_x, needs)
-        dx = dx if dx is None else dx.view(*ctx.leading, dx.shape[-1])
-        return dx, dw, dy.sum(0) if needs_bias else None, da, db, dm, None, None, None
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
+        given, dropped, *rest = ctx.saved_tensors
+        needs_x, needs = ctx.needs_input_grad[0], [_Layer(*part) for part in _parts(ctx.needs_input_grad[3:], 6)]
+        x: Any = None if given is None else given.reshape(-1, given.shape[-1])
+        ds: list[Tensor | None] = []
+        own: list[tuple[Tensor | None, Tensor | None]] = []  # gradients of bias and magnitude
+        adapted, xas = [], []
+        parts = zip(_parts(rest, 7), needs, dys, ctx.scalings, ctx.watches, strict=True)
+        for (weight, a, b, xa, kept, c, divisor), need, dy, scaling, watch in parts:
+            adapted.append(Adapted(weight, None, a, b, scaling))
+            xas.append(xa)
+            if dy is None:
+                ds.append(None)
+                own.append((None, None))
+                continue
+            dy = dy.reshape(-1, dy.shape[-1])
+            d, dm = torch.empty_like(dy), None
+            if need.magnitude:
+                if watch is not None and watch.changed:
+                    kept = F.linear(x, weight).addmm_(xa, b.t(), alpha=scaling / (1 - ctx.dropout)).mul_(c)
+                dm = torch.mul(dy, kept, out=d).sum(0, dtype=divisor.dtype) / divisor
+            ds.append(torch.mul(dy, c, out=d))
+            own.append((dy.sum(0) if need.bias else None, dm))
+        wanted = [Needs(need.weight, False, need.a, need.b) for need in needs]
+        dx, grads = backward_of(ds, x, dropped, xas, ctx.dropout, adapted, needs_x, wanted)
+        pairs = zip(grads, own, strict=True)
+        flat = [each for (dw, _, da, db), (dbias, dm) in pairs for each in (dw, dbias, da, db, dm, None)]
+        return dx if dx is None else dx.view(*ctx.leading, dx.shape[-1]), None, None, *flat
+
+
+class _Layer(NamedTuple):
+    """What the function takes for each layer: tensors, or whether their gradients are wanted."""
+
+    weight: Any
+    bias: Any
+    a: Any
+    b: Any
+    magnitude: Any
+    norm: Any
+
+    def adapted(self, scaling: float) -> Adapted:
+        """Without a bias, which is added after scaling."""
+        return Adapted(self.weight, None, self.a, self.b, scaling)
+
+
+def _parts(flat: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    return [flat[start : start + size] for start in range(0, len(flat), size)]
+
+
+_SMALLEST = {torch.float16: 2.0**-10, torch.float64: 2.0**-100}  # of c, so that y / c has the digits of z
+
+
+def _scale(z: Tensor, layer: _Layer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``y = c ⊙ z + b``, what to keep, ``c`` and a divisor: ``dm = Σ dy ⊙ kept / divisor``. May overwrite ``z``."""
+    c = ratio(layer.magnitude, layer.norm)
+    norm = torch.where(layer.norm == 0, 1, layer.norm)
+    if layer.bias is not None:
+        return torch.mul(z, c, out=torch.empty_like(z)).add_(layer.bias), z, c, norm
+    smallest = _SMALLEST.get(z.dtype, 2.0**-40)
+    c = torch.where(c.abs() < smallest, torch.copysign(torch.full_like(c, smallest), c), c)
+    y = z.mul_(c)
+    return y, y, c, norm * c
 
 
 class _Watch:

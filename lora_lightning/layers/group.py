@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.layers.functional import PLAIN, lora_linears, transformed
+from lora_lightning.layers.functional import PLAIN, transformed
 
 if TYPE_CHECKING:
+    from lora_lightning.layers.dora import DoraLinear
     from lora_lightning.layers.linear import LoraLinear
 
 
@@ -25,11 +26,11 @@ class LoraGroup:
         members: In the order in which the parent calls them.
     """
 
-    def __init__(self, members: Sequence[LoraLinear]) -> None:
+    def __init__(self, members: Sequence[LoraLinear | DoraLinear]) -> None:
         self.members = tuple(members)
         self._waiting: tuple[Tensor, int, dict[int, Tensor]] | None = None
 
-    def output(self, layer: LoraLinear, x: Tensor) -> Tensor:
+    def output(self, layer: LoraLinear | DoraLinear, x: Tensor) -> Tensor:
         """The output of one member for ``x``: ``(..., in) -> (..., out)``."""
         if self._waiting is not None:
             known, version, outputs = self._waiting
@@ -39,8 +40,8 @@ class LoraGroup:
                     self._waiting = None
                 return out
         if layer is not self.members[0] or not at_once(self.members):
-            return lora_linears(x, [layer.lora_tensors], layer._active_dropout)[0]
-        first, *others = lora_linears(x, [member.lora_tensors for member in self.members], layer._active_dropout)
+            return layer.lora_together(x, [layer])[0]
+        first, *others = layer.lora_together(x, self.members)
         outputs = {id(member): out for member, out in zip(self.members[1:], others, strict=True)}
         self._waiting = (x, _version(x), outputs)
         return first
@@ -49,7 +50,7 @@ class LoraGroup:
         return {"members": self.members, "_waiting": None}
 
 
-def at_once(layers: Sequence[LoraLinear]) -> bool:
+def at_once(layers: Sequence[LoraLinear | DoraLinear]) -> bool:
     """Whether layers may be computed before (or without) being called: nothing about them would notice the difference.
 
     Not so where a hook may change an input, dropouts differ, one is switched off, or an engine brings the parameters

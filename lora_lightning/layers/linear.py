@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, cast
+from collections.abc import Sequence
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -53,4 +54,9 @@ class LoraLinear(LoraOverLinear, nn.Linear):
             return nn.Linear.forward(self, x)
         if self.lora_group is not None:
             return self.lora_group.output(self, x)
-        return lora_linears(x, [self.lora_tensors], self._active_dropout)[0]
+        return self.lora_together(x, [self])[0]
+
+    @staticmethod
+    def lora_together(x: Tensor, layers: Sequence[Any]) -> tuple[Tensor, ...]:
+        """The outputs of layers on one input: ``(..., in) -> (..., out)`` each."""
+        return lora_linears(x, [layer.lora_tensors for layer in layers], layers[0]._active_dropout)

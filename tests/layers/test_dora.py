@@ -198,6 +198,24 @@ def test_equals_pefts_layer_with_all_gradients(kind, rslora):
     _close(got, torch.autograd.grad(expected, inputs + pairs, dy), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_layers_on_one_input_compute_together_what_each_computes_alone(dropout):
+    layers = [_adapted(nn.Linear(6, n, bias=bias).double(), dropout=dropout) for n, bias in ((5, False), (7, True))]
+    x = torch.randn(3, 10, 6, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(1)
+    ys = DoraLinear.lora_together(x, layers)
+    torch.manual_seed(1)
+    kept = torch.ones(30, 6, dtype=torch.float64)
+    if dropout:
+        kept = without(kept, draw(x.detach().view(30, 6), dropout), dropout)
+    dropped = x * kept.view_as(x) / (1 - dropout)
+    inputs = [x, *(parameter for layer in layers for parameter in layer.parameters())]
+    wanted = [_formula(x, layer, dropped) for layer in layers]
+    one, other = (torch.autograd.grad(each[1].sum(), x, retain_graph=True) for each in (ys, wanted))
+    _close(one, other)  # where the other layer's output is not used
+    _check_gradients(torch.cat(ys, -1), torch.cat(wanted, -1), inputs)
+
+
 # The norm
 
 
