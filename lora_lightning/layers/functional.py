@@ -90,7 +90,7 @@ def low_rank(x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dropout:
     return F.linear(F.linear(F.dropout(x, dropout), lora_a), lora_b) * scaling
 
 
-def in_one_dtype(x: Tensor, layers: Sequence[Adapted]) -> tuple[Tensor, list[Adapted]]:
+def in_one_dtype(x: Tensor, layers: Sequence[Adapted]) -> tuple[Tensor, Sequence[Adapted]]:
     """Input and layers in the dtype of the arithmetic: autocast's where it is on, else the input's for the adapters."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
@@ -98,6 +98,8 @@ def in_one_dtype(x: Tensor, layers: Sequence[Adapted]) -> tuple[Tensor, list[Ada
         x = x.to(dtype)
         layers = [layer._replace(weight=layer.weight.to(dtype), bias=_to(layer.bias, dtype)) for layer in layers]
     dtype = x.dtype
+    if all(layer.a.dtype == dtype == layer.b.dtype for layer in layers):
+        return x, layers
     return x, [layer._replace(a=layer.a.to(dtype), b=layer.b.to(dtype)) for layer in layers]
 
 
@@ -136,13 +138,33 @@ def forward_of(
         Outputs, ``(T, out)`` each; what was dropped; and ``kept(x) Aᵀ`` of each layer, ``(T, r)`` each, unscaled.
     """
     dropped = draw(x, dropout) if dropout else None
-    kept = x if dropped is None else without(x, dropped, dropout)
-    xa = (kept @ _side_by_side(layers).t()).split([len(layer.a) for layer in layers], dim=1)
-    outs = [
-        F.linear(x, layer.weight, layer.bias).addmm_(part, layer.b.t(), alpha=layer.scaling / (1 - dropout))
-        for layer, part in zip(layers, xa, strict=True)
-    ]
+    outs, xa = outputs_of(x, x if dropped is None else without(x, dropped, dropout), dropout, layers)
     return outs, dropped, xa
+
+
+def outputs_of(
+    x: Tensor, kept: Tensor, dropout: float, layers: Sequence[Adapted]
+) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Outputs and ``kept(x) Aᵀ`` of :func:`forward_of`, for what is kept of ``x``."""
+    xa = (kept @ _side_by_side(layers).t()).split([len(layer.a) for layer in layers], dim=1)
+    outs = []
+    for layer, part in zip(layers, xa, strict=True):
+        scale = layer.scaling / (1 - dropout)
+        if _is_wide(x, layer.weight.shape[0]) and layer.bias is None:
+            outs.append(_scaled(part, layer.b.t(), scale).addmm_(x, layer.weight.t()))
+        else:
+            outs.append(F.linear(x, layer.weight, layer.bias).addmm_(part, layer.b.t(), alpha=scale))
+    return outs, xa
+
+
+def _is_wide(x: Tensor, width: int) -> bool:
+    """Whether adding to a product of that width costs more than beginning with what would be added (on GPUs)."""
+    return x.is_cuda and width >= 4096
+
+
+def _scaled(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """``scale · left right``, without a pass of its own for the scale."""
+    return left @ right if scale == 1 else torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
 
 
 class Needs(NamedTuple):
@@ -183,39 +205,60 @@ def backward_of(
         ``dx``, ``(T, in)``, and for each layer the gradients of weight, bias, ``A`` and ``B``.
     """
     used = [place for place, dy in enumerate(dys) if dy is not None]
-    grads: list[tuple[Tensor | None, ...]] = [(None,) * 4 for _ in layers]
     if not used:
-        return None, grads
+        return None, [(None,) * 4 for _ in layers]
     wants_a = any(needs[place].a for place in used)
-    gs: list[Tensor] = []
-    dx: Tensor | None = None
-    for place in used:
-        layer, dy = layers[place], dys[place]
-        assert dy is not None
-        scale = layer.scaling / (1 - dropout)
-        if needs_x or wants_a:
-            g = dy @ layer.b  # (T, r)
-            gs.append(g if scale == 1 else g.mul_(scale))
-        if needs_x:
-            dx = dy @ layer.weight if dx is None else dx.addmm_(dy, layer.weight)
-        grads[place] = (
-            dy.t() @ x if needs[place].weight else None,
-            dy.sum(0) if needs[place].bias else None,
-            None,
-            # (r, T) @ (T, out) runs row-major over the long side: 2 to 4 times faster than its transpose at small r.
-            (xa[place].t() @ dy).mul_(scale).t() if needs[place].b else None,
-        )
-    if not gs:
-        return dx, grads
-    g = gs[0] if len(gs) == 1 else torch.cat(gs, dim=1)  # (T, R)
-    if dx is not None:
-        add_product(dx, g, _side_by_side([layers[place] for place in used]), dropped, dropout)
+    g = dx = kept = None
+    if needs_x or wants_a:
+        gs = [into_rank(dys[place], layers[place], dropout) for place in used]  # type: ignore[arg-type]
+        g = gs[0] if len(gs) == 1 else torch.cat(gs, dim=1)  # (T, R)
+    if needs_x and g is not None:
+        a = _side_by_side([layers[place] for place in used])
+        first = dropped is None and _is_wide(g, a.shape[1])
+        dx = g @ a if first else None
+        for place in used:
+            dy, weight = dys[place], layers[place].weight
+            dx = dy @ weight if dx is None else dx.addmm_(dy, weight)  # type: ignore[operator,arg-type]
+        if dx is not None and not first:
+            add_product(dx, g, a, dropped, dropout)
     if wants_a:
-        da = g.t() @ (x if dropped is None else without(x, dropped, dropout))  # (R, in)
-        for place, part in zip(used, da.split([len(layers[place].a) for place in used]), strict=True):
-            weight, bias, _, b = grads[place]
-            grads[place] = (weight, bias, part if needs[place].a else None, b)
-    return dx, grads
+        kept = x if dropped is None else without(x, dropped, dropout)
+    return dx, gradients_of(dys, x, kept, g, xa, dropout, layers, needs)
+
+
+def into_rank(dy: Tensor, layer: Adapted, dropout: float) -> Tensor:
+    """``g = s/(1-p) · dy B``: ``(T, out) -> (T, r)``."""
+    return _scaled(dy, layer.b, layer.scaling / (1 - dropout))
+
+
+def gradients_of(
+    dys: Sequence[Tensor | None],
+    x: Any,
+    kept: Tensor | None,
+    g: Tensor | None,
+    xa: Sequence[Tensor],
+    dropout: float,
+    layers: Sequence[Adapted],
+    needs: Sequence[Needs],
+) -> list[tuple[Tensor | None, ...]]:
+    """Gradients of weight, bias, ``A`` and ``B`` of each layer, for ``g``, ``(T, R)``, of those that were used."""
+    used = [place for place, dy in enumerate(dys) if dy is not None]
+    das: dict[int, Tensor] = {}
+    if kept is not None and g is not None:
+        da = g.t() @ kept  # (R, in)
+        das = dict(zip(used, da.split([len(layers[place].a) for place in used]), strict=True))
+    grads: list[tuple[Tensor | None, ...]] = [(None,) * 4 for _ in layers]
+    for place in used:
+        dy, layer, need = dys[place], layers[place], needs[place]
+        assert dy is not None
+        grads[place] = (
+            dy.t() @ x if need.weight else None,
+            dy.sum(0) if need.bias else None,
+            das[place] if need.a else None,
+            # (r, T) @ (T, out) runs row-major over the long side: 2 to 4 times faster than its transpose at small r.
+            _scaled(xa[place].t(), dy, layer.scaling / (1 - dropout)).t() if need.b else None,
+        )
+    return grads
 
 
 def _side_by_side(layers: Sequence[Adapted]) -> Tensor:

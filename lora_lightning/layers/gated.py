@@ -17,13 +17,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
+from lora_lightning.layers.dropout import add_product, draw, without
 from lora_lightning.layers.functional import (
     PLAIN,
     backward_of,
     forward_of,
+    gradients_of,
     grouped,
     in_one_dtype,
+    into_rank,
     needs_of,
+    outputs_of,
     saved,
 )
 from lora_lightning.layers.group import at_once
@@ -73,16 +77,20 @@ class Activation(NamedTuple):
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
 
-    def product(self, gate: Tensor, up: Tensor) -> Tensor:
-        """``a(gate) · up``, ``(T, f)``."""
+    def product(self, gate: Tensor, up: Tensor, dropped: Tensor | None, p: float) -> tuple[Tensor, Tensor]:
+        """``h = a(gate) · up``, ``(T, f)``, and what dropout keeps of it."""
         if self is _SILU and (kernels := kernels_for(gate)) is not None:
-            return kernels.swiglu(gate, up)
-        return self.forward(gate).mul_(up)
+            return kernels.swiglu(gate, up, dropped, p)
+        h = self.forward(gate).mul_(up)
+        return h, h if dropped is None else without(h, dropped, p)
 
-    def product_backward(self, dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of ``gate`` and ``up``, ``(T, f)``; ``dh`` is used up."""
+    def product_backward(
+        self, dh: Tensor, gate: Tensor, up: Tensor, g: Tensor, a: Tensor, dropped: Tensor | None, p: float
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of ``gate`` and ``up``, ``(T, f)``, for ``dh + kept'(g A)``; ``dh`` is used up."""
         if self is _SILU and (kernels := kernels_for(gate)) is not None:
-            return kernels.swiglu_backward(dh, gate, up)
+            return kernels.swiglu_backward(dh, gate, up, g, a, dropped, p)
+        add_product(dh, g, a, dropped, p)
         dup = self.forward(gate).mul_(dh)
         return self.backward(dh.mul_(up), gate), dup
 
@@ -128,8 +136,9 @@ class _Gated(torch.autograd.Function):
         layers = grouped(tensors, scalings)
         x_flat = x.reshape(-1, x.shape[-1])
         (gate, up), dropped, xa = forward_of(x_flat, dropout, layers[:2])
-        h = activation.product(gate, up)
-        (y,), dropped_h, ha = forward_of(h, dropout, layers[2:])
+        dropped_h = draw(gate, dropout) if dropout else None
+        h, kept = activation.product(gate, up, dropped_h, dropout)
+        (y,), ha = outputs_of(h, kept, dropout, layers[2:])
         ctx.dropout, ctx.activation, ctx.scalings, ctx.leading = dropout, activation, scalings, x.shape[:-1]
         ctx.save_for_backward(
             x, gate, up, dropped, dropped_h, *xa, *ha, *saved(layers, True, needs_of(ctx.needs_input_grad[4:]))
@@ -141,17 +150,16 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, gate, up, dropped, dropped_h, *rest = ctx.saved_tensors
         xa, layers = rest[:3], grouped(rest[3:], ctx.scalings)
-        needs = needs_of(ctx.needs_input_grad[4:])
-        h = ctx.activation.product(gate, up)
-        dh, down_grads = backward_of(
-            [dy.reshape(-1, dy.shape[-1])], h, dropped_h, xa[2:], ctx.dropout, layers[2:], True, needs[2:]
-        )
-        assert dh is not None
-        dgate, dup = ctx.activation.product_backward(dh, gate, up)
-        del h, dh
+        needs, down, p = needs_of(ctx.needs_input_grad[4:]), layers[2], ctx.dropout
+        dy_flat = dy.reshape(-1, dy.shape[-1])
+        g = into_rank(dy_flat, down, p)
+        h, kept = ctx.activation.product(gate, up, dropped_h, p) if needs[2].a or needs[2].weight else (None, None)
+        down_grads = gradients_of([dy_flat], h, kept, g, xa[2:], p, layers[2:], needs[2:])
+        del h, kept
+        dgate, dup = ctx.activation.product_backward(dy_flat @ down.weight, gate, up, g, down.a, dropped_h, p)
         x_flat = x.reshape(-1, x.shape[-1])
         dx, grads = backward_of(
-            [dgate, dup], x_flat, dropped, xa[:2], ctx.dropout, layers[:2], ctx.needs_input_grad[0], needs[:2]
+            [dgate, dup], x_flat, dropped, xa[:2], p, layers[:2], ctx.needs_input_grad[0], needs[:2]
         )
         return (
             dx if dx is None else dx.view(*ctx.leading, dx.shape[-1]),

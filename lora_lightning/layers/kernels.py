@@ -9,6 +9,8 @@ Shapes: ``T`` tokens, ``d`` and ``f`` features, ``r`` rank.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import triton
 import triton.language as tl
@@ -18,25 +20,68 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _swiglu(gate, up, out, n, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < n
-    g = tl.load(gate + at, mask=inside).to(tl.float32)
-    u = tl.load(up + at, mask=inside).to(tl.float32)
-    acted = (g * tl.sigmoid(g)).to(out.dtype.element_ty).to(tl.float32)  # rounded where the composed one rounds
-    tl.store(out + at, (acted * u).to(out.dtype.element_ty), mask=inside)
+def _is_kept(at, seed, p):
+    """A hash of the place and the seed (32 bits, two rounds of multiply and shift) against the probability."""
+    low = (seed & 0xFFFFFFFF).to(tl.uint32)
+    high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    h = at.to(tl.uint32) ^ low
+    h ^= h >> 16
+    h *= 0x7FEB352D
+    h ^= h >> 15
+    h ^= high
+    h *= 0x846CA68B
+    h ^= h >> 16
+    h *= 0x9E3779B1
+    h ^= h >> 15
+    return (h >> 8).to(tl.float32) * 5.9604644775390625e-08 >= p  # 24 bits, over 2²⁴
 
 
 @triton.jit
-def _swiglu_backward(dh, gate, up, dup, n, BLOCK: tl.constexpr):
+def _swiglu(gate, up, out, kept, seed, n, p, WRITES_OUT: tl.constexpr, WRITES_KEPT: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
-    d = tl.load(dh + at, mask=inside).to(tl.float32)
     g = tl.load(gate + at, mask=inside).to(tl.float32)
     u = tl.load(up + at, mask=inside).to(tl.float32)
-    s = tl.sigmoid(g)
-    tl.store(dup + at, (d * g * s).to(dup.dtype.element_ty), mask=inside)
-    tl.store(dh + at, (d * u * s * (1 + g * (1 - s))).to(dh.dtype.element_ty), mask=inside)
+    acted = (g * tl.sigmoid(g)).to(gate.dtype.element_ty).to(tl.float32)  # rounded where the composed one rounds
+    value = (acted * u).to(gate.dtype.element_ty)
+    if WRITES_OUT:
+        tl.store(out + at, value, mask=inside)
+    if WRITES_KEPT:
+        tl.store(kept + at, tl.where(_is_kept(at, tl.load(seed), p), value, 0), mask=inside)
+
+
+@triton.jit
+def _swiglu_backward(
+    dh, gate, up, dup, g, a, seed, T, f, r, p,
+    DROPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    c = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    low = _product(g, a, t, c, T, f, r, BLOCK_T, BLOCK_F, BLOCK_R)
+    at = t[:, None].to(tl.int64) * f + c[None, :]
+    inside = (t[:, None] < T) & (c[None, :] < f)
+    if DROPS:
+        low = tl.where(_is_kept(at, tl.load(seed), p), low, 0)
+    d = tl.load(dh + at, mask=inside).to(tl.float32) + low
+    x = tl.load(gate + at, mask=inside).to(tl.float32)
+    u = tl.load(up + at, mask=inside).to(tl.float32)
+    s = tl.sigmoid(x)
+    tl.store(dup + at, (d * x * s).to(dup.dtype.element_ty), mask=inside)
+    tl.store(dh + at, (d * u * s * (1 + x * (1 - s))).to(dh.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _product(
+    g, a, t, c, T, d, r, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr
+):  # fmt: skip
+    """A block of ``g A``, in float32."""
+    total = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
+    for start in range(0, r, BLOCK_R):
+        k = start + tl.arange(0, BLOCK_R)
+        left = tl.load(g + t[:, None].to(tl.int64) * r + k[None, :], mask=(t[:, None] < T) & (k[None, :] < r), other=0)
+        right = tl.load(a + k[:, None].to(tl.int64) * d + c[None, :], mask=(k[:, None] < r) & (c[None, :] < d), other=0)
+        total += tl.dot(left, right, input_precision="ieee")
+    return total
 
 
 @triton.jit
@@ -68,23 +113,6 @@ def _norm_backward(dy, x, weight, rho, dx, d, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _is_kept(at, seed, p):
-    """A hash of the place and the seed (32 bits, two rounds of multiply and shift) against the probability."""
-    low = (seed & 0xFFFFFFFF).to(tl.uint32)
-    high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    h = at.to(tl.uint32) ^ low
-    h ^= h >> 16
-    h *= 0x7FEB352D
-    h ^= h >> 15
-    h ^= high
-    h *= 0x846CA68B
-    h ^= h >> 16
-    h *= 0x9E3779B1
-    h ^= h >> 15
-    return (h >> 8).to(tl.float32) * 5.9604644775390625e-08 >= p  # 24 bits, over 2²⁴
-
-
-@triton.jit
 def _without(x, out, seed, n, p, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
@@ -94,26 +122,11 @@ def _without(x, out, seed, n, p, BLOCK: tl.constexpr):
 
 @triton.jit
 def _add_product(
-    dx,
-    g,
-    a,
-    seed,
-    T,
-    d,
-    r,
-    p,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    dx, g, a, seed, T, d, r, p, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr
+):  # fmt: skip
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     c = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    total = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
-    for start in range(0, r, BLOCK_R):
-        k = start + tl.arange(0, BLOCK_R)
-        left = tl.load(g + t[:, None].to(tl.int64) * r + k[None, :], mask=(t[:, None] < T) & (k[None, :] < r), other=0)
-        right = tl.load(a + k[:, None].to(tl.int64) * d + c[None, :], mask=(k[:, None] < r) & (c[None, :] < d), other=0)
-        total += tl.dot(left, right, input_precision="ieee")
+    total = _product(g, a, t, c, T, d, r, BLOCK_T, BLOCK_D, BLOCK_R)
     at = t[:, None].to(tl.int64) * d + c[None, :]
     inside = (t[:, None] < T) & (c[None, :] < d)
     before = tl.load(dx + at, mask=inside, other=0).to(tl.float32)
@@ -121,19 +134,34 @@ def _add_product(
     tl.store(dx + at, (before + total).to(dx.dtype.element_ty), mask=inside)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """``silu(gate) · up``, all ``(T, f)`` and contiguous."""
+def swiglu(gate: Tensor, up: Tensor, seed: Tensor | None, p: float) -> tuple[Tensor, Tensor]:
+    """``h = silu(gate) · up``, all ``(T, f)`` and contiguous, and what :func:`without` would keep of it."""
     out = torch.empty_like(gate)
-    with torch.cuda.device_of(gate):
-        _swiglu[(triton.cdiv(gate.numel(), _BLOCK),)](gate, up, out, gate.numel(), BLOCK=_BLOCK)
-    return out
+    kept = out if seed is None else torch.empty_like(gate)
+    drops = seed is not None
+    n = gate.numel()
+    with _on(gate):
+        _swiglu[(triton.cdiv(n, _BLOCK),)](
+            gate, up, out, kept, seed, n, p, WRITES_OUT=True, WRITES_KEPT=drops, BLOCK=_BLOCK
+        )
+    return out, kept
 
 
-def swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """``dgate`` (in the place of ``dh``) and ``dup``, all ``(T, f)`` and contiguous."""
+def swiglu_backward(
+    dh: Tensor, gate: Tensor, up: Tensor, g: Tensor, a: Tensor, seed: Tensor | None, p: float
+) -> tuple[Tensor, Tensor]:
+    """``dgate`` (in the place of ``dh``) and ``dup``, for ``dh + kept'(g A)``.
+
+    All but ``g``, ``(T, r)``, and ``a``, ``(r, f)``, are ``(T, f)``; all are contiguous.
+    """
     dup = torch.empty_like(up)
-    with torch.cuda.device_of(gate):
-        _swiglu_backward[(triton.cdiv(gate.numel(), _BLOCK),)](dh, gate, up, dup, gate.numel(), BLOCK=_BLOCK)
+    rows, f = gate.shape
+    r = g.shape[1]
+    with _on(gate):
+        _swiglu_backward[(triton.cdiv(rows, 32), triton.cdiv(f, 128))](
+            dh, gate, up, dup, g, a, seed, rows, f, r, p,
+            DROPS=seed is not None, BLOCK_T=32, BLOCK_F=128, BLOCK_R=_rank(r), num_warps=4,
+        )  # fmt: skip
     return dh, dup
 
 
@@ -142,7 +170,7 @@ def norm(x: Tensor, weight: Tensor, epsilon: float, rounds_last: bool) -> tuple[
     rows, d = x.shape
     y, rho = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(d)
-    with torch.cuda.device_of(x):
+    with _on(x):
         _norm[(rows,)](x, weight, y, rho, d, epsilon, ROUNDS_LAST=rounds_last, BLOCK=block, num_warps=_warps(block))
     return y, rho
 
@@ -152,7 +180,7 @@ def norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rho: Tensor) -> Tensor:
     rows, d = x.shape
     dx = torch.empty_like(x)
     block = triton.next_power_of_2(d)
-    with torch.cuda.device_of(x):
+    with _on(x):
         _norm_backward[(rows,)](dy, x, weight, rho, dx, d, BLOCK=block, num_warps=_warps(block))
     return dx
 
@@ -160,7 +188,7 @@ def norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rho: Tensor) -> Tensor:
 def without(x: Tensor, seed: Tensor, p: float) -> Tensor:
     """A copy of ``x``, contiguous, with zeros where the seed, ``(1,)`` int64, says so with probability ``p``."""
     out = torch.empty_like(x)
-    with torch.cuda.device_of(x):
+    with _on(x):
         _without[(triton.cdiv(x.numel(), _BLOCK),)](x, out, seed, x.numel(), p, BLOCK=_BLOCK)
     return out
 
@@ -168,11 +196,22 @@ def without(x: Tensor, seed: Tensor, p: float) -> Tensor:
 def add_product(dx: Tensor, g: Tensor, a: Tensor, seed: Tensor, p: float) -> None:
     """Add ``g A`` to ``dx``, ``(T, d)``, where :func:`without` keeps; ``g`` is ``(T, r)``, ``a`` ``(r, d)``."""
     rows, d = dx.shape
-    grid = (triton.cdiv(rows, 64), triton.cdiv(d, 128))
-    rank = min(64, max(16, triton.next_power_of_2(g.shape[1])))
-    with torch.cuda.device_of(dx):
-        _add_product[grid](dx, g, a, seed, rows, d, g.shape[1], p, BLOCK_T=64, BLOCK_D=128, BLOCK_R=rank, num_warps=4)
+    r = g.shape[1]
+    with _on(dx):
+        _add_product[(triton.cdiv(rows, 32), triton.cdiv(d, 128))](
+            dx, g, a, seed, rows, d, r, p, BLOCK_T=32, BLOCK_D=128, BLOCK_R=_rank(r), num_warps=4
+        )
+
+
+def _rank(r: int) -> int:
+    return min(64, max(16, triton.next_power_of_2(r)))
 
 
 def _warps(block: int) -> int:
     return min(16, max(1, block // 512))
+
+
+def _on(x: Tensor) -> contextlib.AbstractContextManager:
+    """Kernels run on the current GPU; that of ``x`` may be another."""
+    here = x.device.index == torch.cuda.current_device()
+    return contextlib.nullcontext() if here else torch.cuda.device_of(x)

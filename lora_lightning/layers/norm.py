@@ -68,7 +68,7 @@ class _Norm(torch.autograd.Function):
             y, rho = kernels.norm(x_flat, weight, epsilon, rounds_last)
             ctx.save_for_backward(x_flat, weight, rho)
             return y.view(x.shape)
-        wide = x.to(torch.float32)
+        wide = x if x.dtype == torch.float32 else x.float()
         rho = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)  # (..., 1)
         ctx.save_for_backward(x, weight, rho)
         normal = wide * rho
@@ -84,8 +84,7 @@ class _Norm(torch.autograd.Function):
             dy_flat = dy.reshape(-1, dy.shape[-1]).contiguous()
             kernels = cast("ModuleType", kernels_for(x))
             return kernels.norm_backward(dy_flat, x, weight, rho).view(dy.shape), None, None, None
-        wide = x.to(torch.float32)
-        wdy = dy.to(torch.float32) * weight
-        along = torch.linalg.vecdot(wdy, wide).unsqueeze(-1)
-        along *= rho.pow(3) / -x.shape[-1]
-        return wdy.mul_(rho).addcmul_(wide, along).to(x.dtype), None, None, None
+        wide = x.float()
+        wdy = dy * weight if dy.dtype == weight.dtype == torch.float32 else dy.float() * weight
+        along = torch.linalg.vecdot(wdy, wide).unsqueeze(-1).mul_(rho.pow(3))
+        return wdy.mul_(rho).addcmul_(wide, along, value=-1 / x.shape[-1]).to(x.dtype), None, None, None

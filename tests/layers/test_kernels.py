@@ -27,17 +27,24 @@ def _close(got, wanted, dtype, scale=1.0):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1), (7, 33), (129, 1000)])
-def test_gated_product_and_its_gradients(dtype, shape):
+@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 33, 3), (129, 1000, 16), (40, 136, 100)])
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_gated_product_and_its_gradients(dtype, shape, p):
     from lora_lightning.layers import kernels
 
-    gate, up, dh = (_draw(*shape, dtype=dtype, seed=seed) for seed in range(3))
+    rows, f, r = shape
+    gate, up, dh = (_draw(rows, f, dtype=dtype, seed=seed) for seed in range(3))
+    g, a = _draw(rows, r, dtype=dtype, seed=3) / r, _draw(r, f, dtype=dtype, seed=4)
+    seed = draw(gate, p) if p else None
+    keeps = torch.ones_like(gate) if seed is None else without(torch.ones_like(gate), seed, p)
     wide = [tensor.double().requires_grad_() for tensor in (gate, up)]
     expected = F.silu(wide[0]) * wide[1]
-    wanted = torch.autograd.grad(expected, wide, dh.double())
-    _close(kernels.swiglu(gate, up), expected, dtype)
-    for got, want in zip(kernels.swiglu_backward(dh.clone(), gate, up), wanted, strict=True):
-        _close(got, want, dtype)
+    h, kept = kernels.swiglu(gate, up, seed, p)
+    _close(h, expected, dtype)
+    assert torch.equal(kept, h * keeps)
+    wanted = torch.autograd.grad(expected, wide, dh.double() + keeps.double() * (g.double() @ a.double()))
+    for got, want in zip(kernels.swiglu_backward(dh.clone(), gate, up, g, a, seed, p), wanted, strict=True):
+        _close(got, want, dtype, 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
