@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -19,7 +19,9 @@ from transformers import PreTrainedModel
 from lora_lightning.errors import LoraConfigError
 from lora_lightning.injection.inject import default_seed
 from lora_lightning.strategies import window
+from lora_lightning.strategies.blocks import blocks
 from lora_lightning.strategies.parallelize import shard
+from lora_lightning.tasks.compiling import WarmUp
 from lora_lightning.tasks.loss import LossSum
 from lora_lightning.tasks.model import fill_model
 from lora_lightning.tasks.model_config import ModelConfig
@@ -100,6 +102,10 @@ class Task(LightningModule):
             fill_model(self.model, self.base, self.trainer.strategy.broadcast(seed) if self._trainer else seed)
 
     # Training
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Tell what warming up costs where the model is compiled."""
+        return [WarmUp(len(blocks(self.model)) or 1)] if self.base is not None and self.base.compile else []
 
     @property
     def tokens_seen(self) -> int:

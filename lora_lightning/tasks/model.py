@@ -24,6 +24,7 @@ from lora_lightning.adapters import load_base
 from lora_lightning.config import TASK_HEADS
 from lora_lightning.errors import LoraConfigError
 from lora_lightning.injection import meta_parameters
+from lora_lightning.tasks.compiling import compile_blocks
 from lora_lightning.tasks.demo import is_demo, prepare_demo
 from lora_lightning.tasks.dtype import likely_device, pick_dtype
 from lora_lightning.tasks.hub_errors import check_local_folder, explained
@@ -83,8 +84,7 @@ def load_model(config: ModelConfig, kind: ModelKind, **settings: Any) -> PreTrai
         # The cache folder is this machine's own affair; the name is what another machine can use.
         model.name_or_path = model.config.name_or_path = config.name
     if config.compile:
-        # In place: torch.compile(model) would put _orig_mod. before every name. Batches differ in length: dynamic.
-        model.compile(dynamic=True)
+        compile_blocks(model)
     return model.train()
 
 

@@ -24,7 +24,8 @@ class ModelConfig:
         attn_implementation: Passed on to transformers (``sdpa``, ``eager``, ``flash_attention_2`` …); None lets
             transformers choose.
         gradient_checkpointing: Trade time for memory: recompute activations in the backward pass.
-        compile: Compile the model, in place, so that no name changes.
+        compile: Compile the model's repeated blocks, in place, so that no name changes. The first batches take longer;
+            how much is told. Worth it on a GPU, where small models wait for kernels to be launched.
         in_parts: Read the weights when the trainer's strategy is known, each process the part that it keeps, so that
             a model need not fit into one process's memory; from safetensors only.
         trust_remote_code: Allow code from the model's repository to run on this machine.
