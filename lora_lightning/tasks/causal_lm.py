@@ -95,7 +95,9 @@ class CausalLM(Task):
             return
         if self._route is None:  # here, where every strategy has everything ready for a forward
             agreed = self.trainer.strategy.reduce_boolean_decision if self._trainer else bool
-            self._route = find_route(self.model, self._losses_in_order, agreed, device=batch["input_ids"].device)
+            self._route = find_route(
+                self.model, lambda few: token_losses(self.model, few).losses_K, agreed, batch["input_ids"].device
+            )
             rank_zero_info(f"Packed rows: {self._route.told}.")
         self._route.enter()
         try:
@@ -105,9 +107,6 @@ class CausalLM(Task):
             raise
         if not torch.is_grad_enabled():
             self._leave_route()
-
-    def _losses_in_order(self, batch: Mapping[str, Tensor]) -> Tensor:
-        return token_losses(self.model, batch).losses_K
 
     def _leave_route(self) -> None:
         if self._route is not None:

@@ -2,7 +2,7 @@
 
 Whether a model looks at ``position_ids``, and whether its own mask does, no attribute of it tells; a model that ignores
 them lets examples read each other, and nothing fails. So a few tokens are scored packed and apart, and what agrees is
-used. A batch is packed if it has ``position_ids``, which begin at 0 with every example, and no ``attention_mask``.
+used. A batch is packed if it has ``position_ids`` (B, T), 0 where an example begins, and no ``attention_mask``.
 """
 
 from __future__ import annotations
@@ -34,8 +34,20 @@ WINDOW_TRIED = 512
 
 
 def is_packed(batch: Batch) -> bool:
-    """Whether the rows of a batch hold several examples each."""
-    return "position_ids" in batch and "attention_mask" not in batch
+    """Whether the rows of a batch hold several examples each.
+
+    Raises:
+        LoraConfigError: They do, and there is a mask, from which transformers would conclude that they do not.
+    """
+    positions, mask = batch.get("position_ids"), batch.get("attention_mask")
+    if positions is None or positions.ndim != 2 or mask is None:
+        return positions is not None and positions.ndim == 2
+    if mask.ndim == 2 and ((positions[:, 1:] == 0) & mask[:, 1:].bool() & mask[:, :-1].bool()).any():
+        raise LoraConfigError(
+            "The rows of a batch are packed (their position_ids begin at 0 more than once), and there is an "
+            "attention_mask, under which their examples would see each other: leave it out of the batch."
+        )
+    return False
 
 
 @dataclass
@@ -99,7 +111,7 @@ def block_mask(position_ids: Tensor, dtype: torch.dtype, window: int | None = No
 
 
 def find_route(
-    model: PreTrainedModel, score: Score, agreed: Callable[[bool], bool] = bool, *, device: torch.device | None = None
+    model: PreTrainedModel, score: Score, agreed: Callable[[bool], bool] = bool, device: torch.device | None = None
 ) -> Route:
     """Find out how a model is trained on packed rows, the cheapest way first.
 

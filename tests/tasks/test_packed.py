@@ -134,6 +134,12 @@ def test_an_example_changes_no_loss_of_another(name):
             assert torch.equal(before, after) == (place != number)
 
 
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2", "Gemma3", "GPTNeoX"])
+def test_usual_models_attend_example_by_example(name):
+    model = make(name, torch.float32)
+    assert find_route(model, score_of(model)).told == BY_EXAMPLE
+
+
 @pytest.mark.parametrize("name", UNPACKABLE)
 def test_models_that_mix_a_row_are_refused_by_name(name):
     model = make(name, torch.float32, **UNPACKABLE[name])
@@ -335,6 +341,17 @@ def test_packed_rows_are_validated_and_scored(tmp_path):
     assert packed["val_loss"] == pytest.approx(padded["val_loss"], rel=1e-5)
     assert module.predict_step(pack(examples)).shape == (1,)
     assert module.model.config._attn_implementation == "sdpa"
+
+
+def test_a_mask_beside_packed_rows_is_refused(tmp_path):
+    module, padded = CausalLM("demo:tiny-llama"), Collator()(examples_of(9, 14))
+    with torch.no_grad():
+        expected = module.loss_sum(padded).total
+        positions = (padded["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        torch.testing.assert_close(module.loss_sum({**padded, "position_ids": positions}).total, expected)
+        packed = pack(examples_of(9, 14))
+        with pytest.raises(LoraConfigError, match="leave it out of the batch"):
+            module.loss_sum({**packed, "attention_mask": torch.ones_like(packed["input_ids"])})
 
 
 def test_registered_beside_the_models_own():
