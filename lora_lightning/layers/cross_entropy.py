@@ -10,9 +10,7 @@ and whatever is done with the losses later (a sum, a mean, weights) multiplies t
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -21,23 +19,7 @@ from torch import Tensor
 
 from lora_lightning.layers.chunks import chunk_rows
 from lora_lightning.layers.functional import PLAIN, transformed
-
-
-class Form(NamedTuple):
-    """What becomes of the products of a head before they are logits: ``z ↦ c · tanh(s · z / c)``, or ``s · z``."""
-
-    scale: float = 1.0
-    """``s``."""
-    softcap: float | None = None
-    """``c``; None: there is no cap."""
-
-    def of(self, products: Tensor) -> Tensor:
-        """The logits: a tensor of the same shape."""
-        scaled = products if self.scale == 1 else products * self.scale
-        return scaled if self.softcap is None else (scaled / self.softcap).tanh() * self.softcap
-
-
-PLAIN_FORM = Form()
+from lora_lightning.layers.row_losses import PLAIN_FORM, Form, Scoring, score_rows
 
 
 class HeadLora(NamedTuple):
@@ -79,10 +61,12 @@ def linear_cross_entropy(
     Returns:
         The losses, (K,), in float32, or in float64 where ``x`` is. They can be differentiated once.
     """
-    kind = x_KD.device.type
-    if torch.is_autocast_enabled(kind):
-        x_KD = x_KD.to(torch.get_autocast_dtype(kind))
-        weight_VD, bias_V = weight_VD.to(x_KD.dtype), None if bias_V is None else bias_V.to(x_KD.dtype)
+    if torch.is_autocast_enabled(kind := x_KD.device.type):
+        dtype = torch.get_autocast_dtype(kind)
+        x_KD, weight_VD, bias_V = x_KD.to(dtype), weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
+        options: Any = {"label_smoothing": label_smoothing, "lora": lora, "rows_at_once": rows_at_once}
+        with torch.autocast(kind, enabled=False):
+            return linear_cross_entropy(x_KD, weight_VD, bias_V, targets_K, form=form, **options)
     u_KR = b_VR = None
     if lora is not None:
         a_RD, b_VR = lora.a_RD.to(x_KD.dtype), lora.b_VR.to(x_KD.dtype)
@@ -92,12 +76,12 @@ def linear_cross_entropy(
     if unseen() or not is_plain(*head) or x_KD.dtype != weight_VD.dtype:
         return _composed(head, targets_K, form, label_smoothing)
     rows = rows_at_once or chunk_rows(len(x_KD), _row_bytes(x_KD.dtype, len(weight_VD), form), x_KD.device)
-    settings = _Settings(form, label_smoothing, rows)
+    scoring = Scoring(form, label_smoothing)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in head):
-        return _LinearCrossEntropy.apply(*head, targets_K, settings)
+        return _LinearCrossEntropy.apply(*head, targets_K, scoring, rows)
     losses_K = x_KD.new_empty(len(x_KD), dtype=_wide(x_KD.dtype))
     with torch.no_grad():
-        for chunk, losses_C, _ in _chunks(head, targets_K, settings, gradient=False):
+        for chunk, losses_C, _ in _chunks(head, targets_K, scoring, rows, gradient=False):
             losses_K[chunk] = losses_C
     return losses_K
 
@@ -112,12 +96,6 @@ class _Head(NamedTuple):
     b_VR: Tensor | None
 
 
-class _Settings(NamedTuple):
-    form: Form
-    label_smoothing: float
-    rows: int
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
     """See `linear_cross_entropy`.
 
@@ -128,10 +106,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        head, targets_K, settings = _Head(*inputs[:5]), inputs[5], inputs[6]
+        head, targets_K, ctx.how = _Head(*inputs[:5]), inputs[5], inputs[6:]
         needs = ctx.needs_input_grad[:5]
-        losses_K, gradients = _walk(head, targets_K, settings, needs, None)
-        ctx.settings, ctx.trains = settings, any((needs[1], needs[2], needs[4]))
+        losses_K, gradients = _walk(head, targets_K, *ctx.how, needs)
+        ctx.trains = any((needs[1], needs[2], needs[4]))
         ctx.save_for_backward(*gradients, *((*head, targets_K) if ctx.trains else ()))
         return losses_K
 
@@ -148,18 +126,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if constant is None:
                 head, targets_K = _Head(*rest[:5]), rest[5]
                 needs = (False, *ctx.needs_input_grad[1:3], False, ctx.needs_input_grad[4])
-                _, sums = _walk(head, targets_K, ctx.settings, needs, weights_K)
+                _, sums = _walk(head, targets_K, *ctx.how, needs, weights_K)
                 _, dweight_VD, dbias_V, _, db_VR = sums
             else:
                 dweight_VD, dbias_V, db_VR = (
                     None if each is None else each * constant.to(each.dtype) for each in (dweight_VD, dbias_V, db_VR)
                 )
         dx_KD, du_KR = (None if d is None else d * weights_K[:, None].to(d.dtype) for d in (dx_KD, du_KR))
-        return dx_KD, dweight_VD, dbias_V, du_KR, db_VR, None, None
+        return dx_KD, dweight_VD, dbias_V, du_KR, db_VR, None, None, None
 
 
 def _walk(
-    head: _Head, targets_K: Tensor, settings: _Settings, needs: tuple[bool, ...], weights_K: Tensor | None
+    head: _Head,
+    targets_K: Tensor,
+    scoring: Scoring,
+    rows: int,
+    needs: tuple[bool, ...],
+    weights_K: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Losses of all rows, and the gradients that are needed, in the order of the head's parts.
 
@@ -174,7 +157,7 @@ def _walk(
     dbias_V = torch.zeros_like(bias_V, dtype=wide) if needs[2] and bias_V is not None else None
     # Row-major over the long side: several times faster at a small rank than its transpose.
     db_RV = b_VR.new_zeros(b_VR.shape[::-1], dtype=wide) if needs[4] and b_VR is not None else None
-    for chunk, losses_C, dz_CV in _chunks(head, targets_K, settings, gradient=True):
+    for chunk, losses_C, dz_CV in _chunks(head, targets_K, scoring, rows, gradient=True):
         losses_K[chunk] = losses_C
         if dx_KD is not None:
             torch.mm(dz_CV, weight_VD, out=dx_KD[chunk])
@@ -198,81 +181,29 @@ def _walk(
 
 
 def _chunks(
-    head: _Head, targets_K: Tensor, settings: _Settings, *, gradient: bool
+    head: _Head, targets_K: Tensor, scoring: Scoring, rows: int, *, gradient: bool
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Go through the rows: which they are, their losses (C,), and the gradient (C, V) of each by the head's products.
 
     The gradient lies in memory that the next chunk writes over, and is not made unless asked for.
     """
     x_KD, weight_VD, bias_V, u_KR, b_VR = head
-    rows = min(settings.rows, max(len(x_KD), 1))
-    products_CV = x_KD.new_empty(rows, len(weight_VD))
+    products_CV = x_KD.new_empty(min(rows, len(x_KD)), len(weight_VD))
     wide = _wide(x_KD.dtype)
-    logits_CV = products_CV if wide == x_KD.dtype else torch.empty_like(products_CV, dtype=wide)
-    score = _score_by_liger if x_KD.is_cuda and gradient and _has_liger() else _score
-    with torch.autocast(x_KD.device.type, enabled=False):
-        for start in range(0, len(x_KD), rows):
-            chunk = slice(start, min(start + rows, len(x_KD)))
-            products, logits = products_CV[: chunk.stop - start], logits_CV[: chunk.stop - start]
-            if bias_V is None:
-                torch.mm(x_KD[chunk], weight_VD.t(), out=products)
-            else:
-                torch.addmm(bias_V, x_KD[chunk], weight_VD.t(), out=products)
-            if u_KR is not None and b_VR is not None:
-                products.addmm_(u_KR[chunk], b_VR.t())
-            if logits is not products:
-                logits.copy_(products)
-            if settings.form.scale != 1:
-                logits *= settings.form.scale
-            losses_C, d_CV = score(logits, targets_K[chunk, None], settings, gradient)
-            if gradient and settings.form.scale != 1:
-                d_CV *= settings.form.scale
-            yield chunk, losses_C, d_CV if d_CV.dtype == products.dtype else products.copy_(d_CV)
-
-
-def _score(logits: Tensor, targets: Tensor, settings: _Settings, gradient: bool) -> tuple[Tensor, Tensor]:
-    """Losses (C,) of scaled products (C, V), which are overwritten with the gradient of each row's loss.
-
-    With smoothing ε: ``loss = log Σ exp z − (1 − ε) z_target − ε · mean z``.
-    """
-    cap, smoothing = settings.form.softcap, settings.label_smoothing
-    slope = None
-    if cap is not None:
-        logits.mul_(1 / cap).tanh_()
-        slope = logits.square().neg_().add_(1) if gradient else None
-        logits *= cap
-    shift = logits.amax(dim=1, keepdim=True)
-    wanted = logits.gather(1, targets).mul_(1 - smoothing)
-    if smoothing:
-        wanted += smoothing * logits.mean(dim=1, keepdim=True)
-    total = logits.sub_(shift).exp_().sum(dim=1, keepdim=True)
-    losses = (total.log() + shift - wanted).squeeze(1)
-    if gradient:
-        logits /= total
-        logits.scatter_add_(1, targets, logits.new_full(targets.shape, smoothing - 1))
-        if smoothing:
-            logits -= smoothing / logits.shape[1]
-        if slope is not None:
-            logits *= slope
-    return losses, logits
-
-
-def _score_by_liger(logits: Tensor, targets: Tensor, settings: _Settings, gradient: bool) -> tuple[Tensor, Tensor]:
-    """As `_score`, by Liger's kernel, which reads and writes the logits once."""
-    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
-
-    with torch.enable_grad():
-        leaf = logits.detach().requires_grad_()
-        # ignored index, weight of the squared log-sum, smoothing, reduction, cap
-        rest = (-100, 0.0, settings.label_smoothing, "none", settings.form.softcap)
-        losses = LigerCrossEntropyFunction.apply(leaf, targets.squeeze(1), None, *rest)[0]
-        (d,) = torch.autograd.grad(losses, leaf, torch.ones_like(losses))
-    return losses.detach(), d
-
-
-@cache
-def _has_liger() -> bool:
-    return importlib.util.find_spec("liger_kernel") is not None
+    wide_CV = products_CV if wide == x_KD.dtype else torch.empty_like(products_CV, dtype=wide)
+    for start in range(0, len(x_KD), rows):
+        chunk = slice(start, min(start + rows, len(x_KD)))
+        products, logits = products_CV[: chunk.stop - start], wide_CV[: chunk.stop - start]
+        if bias_V is None:
+            torch.mm(x_KD[chunk], weight_VD.t(), out=products)
+        else:
+            torch.addmm(bias_V, x_KD[chunk], weight_VD.t(), out=products)
+        if u_KR is not None and b_VR is not None:
+            products.addmm_(u_KR[chunk], b_VR.t())
+        if logits is not products:
+            logits.copy_(products)
+        losses_C, d_CV = score_rows(logits, targets_K[chunk], scoring, gradient=gradient)
+        yield chunk, losses_C, d_CV if d_CV.dtype == products.dtype else products.copy_(d_CV)
 
 
 def is_plain(*tensors: Tensor | None) -> bool:

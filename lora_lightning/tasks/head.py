@@ -25,7 +25,8 @@ from torch.nn.modules import module as nn_module
 
 from lora_lightning.injection.names import find_root, unwrap
 from lora_lightning.layers import LoraLinear
-from lora_lightning.layers.cross_entropy import Form, HeadLora, is_plain, linear_cross_entropy, unseen
+from lora_lightning.layers.cross_entropy import HeadLora, is_plain, linear_cross_entropy, unseen
+from lora_lightning.layers.row_losses import Form
 from lora_lightning.tasks.probe import form_of, probe
 
 # What a model did to its head's products when it was last seen; None: more than a `Form` can say.

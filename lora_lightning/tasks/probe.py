@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lora_lightning.layers.cross_entropy import Form
+from lora_lightning.layers.row_losses import Form
 
 
 def probe(vocabulary: int, device: torch.device) -> Tensor:

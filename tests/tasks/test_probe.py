@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_lightning.layers.cross_entropy import Form
+from lora_lightning.layers.row_losses import Form
 from lora_lightning.tasks.probe import form_of, probe
 
 CPU = torch.device("cpu")
