@@ -69,8 +69,13 @@ def _composed(x: Tensor, layer: Adapted, c: Tensor, dropout: float) -> Tensor:
 
 def ratio(magnitude: Tensor, norm: Tensor) -> Tensor:
     """``c = m/norm``, ``(out,)``; 1 where the norm is zero, since there is nothing to scale."""
-    norm = norm.detach()
+    norm = _as_stored(norm, magnitude)
     return torch.where(norm == 0, 1, magnitude / norm)
+
+
+def _as_stored(norm: Tensor, magnitude: Tensor) -> Tensor:
+    """A norm with the digits that a magnitude has: one of half precision began as the rounded norm, a ratio of one."""
+    return norm.detach().to(magnitude.dtype).to(norm.dtype)
 
 
 class _DoraLinears(torch.autograd.Function):
@@ -173,7 +178,8 @@ _SMALLEST = {torch.float16: 2.0**-10, torch.float64: 2.0**-100}  # of c, so that
 def _scale(z: Tensor, layer: _Layer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``y = c ⊙ z + b``, what to keep, ``c`` and a divisor: ``dm = Σ dy ⊙ kept / divisor``. May overwrite ``z``."""
     c = ratio(layer.magnitude, layer.norm)
-    norm = torch.where(layer.norm == 0, 1, layer.norm)
+    norm = _as_stored(layer.norm, layer.magnitude)
+    norm = torch.where(norm == 0, 1, norm)
     if layer.bias is not None:
         return torch.mul(z, c, out=torch.empty_like(z)).add_(layer.bias), z, c, norm
     smallest = _SMALLEST.get(z.dtype, 2.0**-40)

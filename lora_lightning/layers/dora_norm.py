@@ -10,6 +10,7 @@ Shapes: ``weight`` is ``(out, in)``, or ``(in, out)`` where the layer stores it 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Hashable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -81,7 +82,9 @@ def _count(*_: Any) -> None:
     _steps += 1
 
 
-register_optimizer_step_post_hook(_count)
+@functools.cache
+def _count_steps() -> None:
+    register_optimizer_step_post_hook(_count)
 
 
 def remembered(layer: nn.Module, tensors: tuple[Tensor, ...], compute: Callable[[], Tensor]) -> Tensor:
@@ -99,6 +102,7 @@ def remembered(layer: nn.Module, tensors: tuple[Tensor, ...], compute: Callable[
         or (dist.is_available() and dist.is_initialized())
     ):
         return compute()
+    _count_steps()
     # A weak reference to a storage keeps its place from being given to another.
     key = (_steps, *((StorageWeakRef(t.untyped_storage()), t.storage_offset(), t._version, t.dtype) for t in tensors))
     if (known := _known.get(layer)) is not None and known[0] == key:

@@ -172,6 +172,15 @@ def test_starts_with_ratios_of_exactly_one(dtype):
     assert torch.equal(dora_functional.ratio(layer.lora_magnitude, layer.lora_norm()), torch.ones(40).to(layer.lora_A))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cast_as_a_whole_it_still_starts_as_the_base(dtype):
+    layer = _started(nn.Linear(300, 40).to(dtype)).to(dtype)
+    assert layer.lora_magnitude.dtype == dtype
+    assert torch.equal(dora_functional.ratio(layer.lora_magnitude, layer.lora_norm()), torch.ones(40))
+    layer(torch.randn(3, 300, dtype=dtype)).float().sum().backward()
+    assert {parameter.grad.dtype for parameter in layer.lora_own.values()} == {dtype}
+
+
 @pytest.mark.parametrize("kind", ["linear", "no bias", "conv1d", "embedding"])
 @pytest.mark.parametrize("rslora", [False, True])
 def test_equals_pefts_layer_with_all_gradients(kind, rslora):
