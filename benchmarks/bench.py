@@ -74,6 +74,7 @@ class Bench:
         self.told = self.sections[name] = {"rows": []}
         SECTIONS[name](self)
         self.told["minutes"] = round((time.perf_counter() - begin) / 60, 2)
+        print(f"  {self.told['minutes']} minutes", flush=True)
 
     def task(self, shape: str = DEFAULT, **more: Any) -> Task:
         """A task, or a tiny one in its place."""
@@ -115,12 +116,14 @@ class Bench:
             yield made
 
     def check(self, name: str, spec: c.Spec, task: Task) -> None:
-        """Compare a contender's gradients with float64's, on a few rows of its task."""
+        """Compare a contender's gradients with float64's, on a few rows of its task and four layers."""
         if spec.layer == "none":
             return
         # Neither dropout nor what follows the gradients is looked at.
         plain = replace(spec, dropout=0.0, optimizer="default", grouped=False, switches=())
-        task = replace(task, rows=2, tokens=32, chats=task.chats and Chats(40, 0.3, task.chats.answer))
+        few = None if task.sides else min(task.layers or 4, 4)
+        chats = task.chats and Chats(40, 0.3, task.chats.answer)
+        task = replace(task, rows=2, tokens=32, layers=few, chats=chats)
         key = repr((plain, task))
         if key in self.checks:
             return
@@ -146,7 +149,7 @@ class Bench:
         """Turns of all workers, one after the other."""
         turns = {name: (lambda n, w=worker: w.call("turn", n, *arguments)) for name, worker in workers.items()}
         rounds = self.rounds if rounds is None else rounds
-        return interleave(turns, rounds, warmup=1 if rounds < 3 else 2)
+        return interleave(turns, rounds)
 
     def row(self, what: str, figure: Any, target: float | None = None, *, unit: str = "×", note: str = "") -> None:
         """Put a line into the table and print it."""
