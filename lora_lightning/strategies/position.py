@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice
-from typing import Any
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -19,8 +19,10 @@ from lightning.fabric.utilities.data import _set_sampler_epoch, sized_len
 from torch.utils.data import DataLoader, IterableDataset
 
 from lora_lightning.strategies import rng
+from lora_lightning.strategies.dealing import dealt, dealt_anew
 from lora_lightning.strategies.generators import Stream, generators_of, restore_generators
 from lora_lightning.strategies.ranks import of_all_ranks
+from lora_lightning.strategies.skipping import Numbers, Skipping
 
 
 def attach_position(trainer: pl.Trainer) -> None:
@@ -105,14 +107,14 @@ class Positioned:
         """Let the next iteration begin at a position; that of another process where there were fewer of them."""
         everyone = state["processes"]
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        self.position.at = everyone[rank % len(everyone)]
+        self.position.at = dealt_anew(everyone[rank % len(everyone)], cast("DataLoader", self), self.position.trainer)
 
     def _plain_iterator(self) -> Iterator[Any]:
         return super().__iter__()  # type: ignore[misc]
 
     @property
     def _index_sampler(self) -> Any:  # what the iterator takes the rows' numbers from
-        return _Skipping(super()._index_sampler, self.position)  # type: ignore[misc]
+        return Skipping(super()._index_sampler, self.position)  # type: ignore[misc]
 
 
 class Position:
@@ -133,7 +135,7 @@ class Position:
         self.at: dict[str, Any] | None = None
         """Where the next iteration begins; None is at the first batch, in an order drawn then."""
         self.skip: int | None = None
-        self.numbers: _Numbers | None = None
+        self.numbers: Numbers | None = None
         self._epoch, self._shift, self._handed_out, self._ran_out = 0, 0, 0, False
         self._began: dict[str, Any] | None = None
         self._places: deque[int] = deque(maxlen=8)
@@ -254,6 +256,7 @@ class Position:
             "ran_out": self._ran_out,
             "began": self._began,
             "generators": generators_of(self.loader),
+            "dealt": dealt(self.loader, self.trainer),
         }
 
     def _progress(self) -> Any:
@@ -288,41 +291,6 @@ class Position:
         consumed = None if combined is None else getattr(combined._iterator, "_consumed", None)
         if combined is not None and consumed is not None:
             consumed[combined.flattened.index(self.loader)] = True
-
-
-class _Skipping:
-    """A sampler whose next iteration leaves out what the position says, without a row being loaded for it."""
-
-    def __init__(self, sampler: Iterable[Any], position: Position) -> None:
-        self.sampler, self.position = sampler, position
-
-    def __iter__(self) -> Iterator[Any]:
-        self.position.numbers = _Numbers(iter(self.sampler), self.position.skip)
-        return self.position.numbers
-
-    def __len__(self) -> int:
-        return len(self.sampler)  # type: ignore[arg-type]
-
-
-class _Numbers:
-    """What a sampler gives, without the first ``skip`` of it."""
-
-    def __init__(self, numbers: Iterator[Any], skip: int | None) -> None:
-        self.numbers, self.skip = numbers, skip
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        self.begin()
-        return next(self.numbers)
-
-    def begin(self) -> None:
-        """Leave out what is to be left out; the order is drawn with the first of it, also where that is to be kept."""
-        skip, self.skip = self.skip, None
-        if skip is not None:
-            taken = list(islice(self.numbers, skip or 1))
-            self.numbers = self.numbers if skip else chain(taken, self.numbers)
 
 
 def _without_devices(state: dict[str, Any]) -> dict[str, Any]:
