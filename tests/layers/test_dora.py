@@ -446,3 +446,28 @@ def test_a_quantised_weight_is_refused_with_the_remedy():
     assert DoraLinear.lora_hindrance(layer) is None
     layer.weight = nn.Parameter(torch.zeros(15, 1, dtype=torch.uint8), requires_grad=False)
     assert "use_dora=False for a quantised base" in DoraLinear.lora_hindrance(layer)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_on_cuda_it_is_the_formula_and_waits_for_nothing(dtype, bias):
+    layer = _adapted(nn.Linear(256, 320, bias=bias), scaling=0.1)
+    exact = copy.deepcopy(layer).double().cuda()
+    for name, parameter in layer.cuda().named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if "lora" in name else dtype)
+    x, dy = torch.randn(2, 100, 256, device="cuda"), torch.randn(2, 100, 320, device="cuda")
+    wanted = torch.autograd.grad(_formula(x.double(), exact), list(exact.lora_own.values()), dy.double())
+    optimizer = torch.optim.SGD(layer.lora_own.values(), lr=0.0, fused=True)
+    for _ in range(2):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            y = layer(x.to(dtype))
+            y.backward(dy.to(dtype))
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        for parameter, other in zip(layer.lora_own.values(), wanted, strict=True):
+            assert (parameter.grad - other).norm() < (0.03 if dtype == torch.bfloat16 else 1e-4) * other.norm()
+        optimizer.zero_grad()
