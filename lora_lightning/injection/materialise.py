@@ -141,10 +141,12 @@ def start_adapters(model: nn.Module, device: torch.device) -> None:
         record = record_of(root)
         by_id = {id(place.tensor): place for place in places(root)}
         for name, layer in lora_layers(root):
-            if layer.lora_A.is_meta or layer.lora_B.is_meta:
+            unfilled = layer.lora_A.is_meta or layer.lora_B.is_meta
+            if unfilled:
                 values = INITIALISERS[record.config.init_lora_weights](layer, generator_for(record.seed, name))
                 for parameter, value in zip((layer.lora_A, layer.lora_B), values, strict=True):
                     by_id[id(parameter)].fill(value.__getitem__, device, None)
+            if unfilled or record.source is None:  # what follows from the base's weights, which are others now
                 for part, value in layer.lora_derived().items():
                     by_id[id(getattr(layer, part))].fill(value.__getitem__, device, None)
         if any(value.is_meta for value in record.statistics.values()):

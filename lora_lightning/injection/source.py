@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -43,15 +43,16 @@ def called_on_one_input(kind: type) -> tuple[tuple[str, ...], ...]:
 
 
 @cache
-def is_formula(kind: type, formula: str) -> bool:
-    """Whether a class's forward is, but for the names of its variables, the function given as text."""
-    forward = _forward(kind)
+def is_formula(written: Callable, formula: str) -> bool:
+    """Whether a function (of a class: its forward) is, but for the names of variables, the one given as text."""
+    forward = _forward(written)
     return forward is not None and _nameless(forward) == _nameless(_parse(formula))
 
 
-def _forward(kind: Any) -> ast.FunctionDef | None:
+def _forward(written: Any) -> ast.FunctionDef | None:
+    function = getattr(written, "forward", None) if isinstance(written, type) else written
     try:
-        return _parse(inspect.getsource(inspect.unwrap(kind.forward)))
+        return _parse(inspect.getsource(inspect.unwrap(function))  # type: ignore[arg-type])
     except (OSError, TypeError, SyntaxError):  # written in C, typed in by hand, shipped without its source
         return None
 

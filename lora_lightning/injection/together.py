@@ -1,4 +1,4 @@
-"""What is computed together around adapted layers: layers on one input, gated blocks, frozen norms.
+"""What is computed together around adapted layers: layers on one input, gated blocks, frozen norms, rotations.
 
 Nothing is wrapped: groups are noted on the layers, and blocks change their class to a subclass of it, as the layers do.
 Which ones fit is read in the source of their class. The results are those of each computed by itself.
@@ -7,17 +7,20 @@ Which ones fit is read in the source of their class. The results are those of ea
 from __future__ import annotations
 
 from collections import Counter
+from functools import cache
+from types import FunctionType
 
 from torch import nn
 
 from lora_lightning.injection.names import canonical_modules
 from lora_lightning.injection.source import called_on_one_input, is_formula
-from lora_lightning.layers import DoraLinear, LoraLinear, plain_class
+from lora_lightning.layers import DoraLinear, LoraLinear, plain_class, rotary
 from lora_lightning.layers.gated import FORMULA, LoraGated, activation_of
 from lora_lightning.layers.group import LoraGroup
 from lora_lightning.layers.hazards import why_not
 from lora_lightning.layers.made import made_class
 from lora_lightning.layers.norm import FORMULAS, LoraNorm, LoraNormRoundingLast
+from lora_lightning.layers.rotary import LoraRotary
 
 
 def compute_together(root: nn.Module) -> None:
@@ -29,9 +32,7 @@ def compute_together(root: nn.Module) -> None:
             continue  # a layer, or done already
         if module._modules:
             _group(module, parents)
-        if _is_gated(module):
-            module.__class__ = made_class(LoraGated, type(module))  # type: ignore[assignment]
-        elif _is_norm(module) and (over := _norm_over(type(module))) is not None:
+        if (over := _over(module)) is not None:
             module.__class__ = made_class(over, type(module))  # type: ignore[assignment]
 
 
@@ -39,7 +40,7 @@ def compute_apart(root: nn.Module) -> None:
     """Undo :func:`compute_together`; layers leave their groups when they lose their adapters."""
     for module in root.modules():
         plain = plain_class(module)
-        if plain is not None and isinstance(module, (LoraGated, LoraNorm)):
+        if plain is not None and isinstance(module, (LoraGated, LoraNorm, LoraRotary)):
             module.__class__ = plain  # type: ignore[assignment]
 
 
@@ -66,28 +67,45 @@ def _computes_itself(layer: nn.Module | None) -> bool:
     return getattr(type(layer), "forward", None) is LoraLinear.forward
 
 
-def _is_gated(module: nn.Module) -> bool:
+def _over(module: nn.Module) -> type[nn.Module] | None:
+    """The class that may be put over a module's own, or None."""
+    if why_not(module) is not None:
+        return None
     kind: type = type(module)
+    if _is_gated(module, kind):
+        return LoraGated
+    if not module._modules:
+        return _norm_over(module, kind)
+    return LoraRotary if _rotates(kind) else None
+
+
+def _is_gated(module: nn.Module, kind: type) -> bool:
     parts = [module._modules.get(name) for name in ("gate_proj", "up_proj", "down_proj")]
     return (
         all(map(_computes_itself, parts))
         and activation_of(module._modules.get("act_fn")) is not None
-        and why_not(module) is None
         and is_formula(kind, FORMULA)
     )
 
 
-def _is_norm(module: nn.Module) -> bool:
-    return (
-        not module._modules
-        and list(module._parameters) == ["weight"]
-        and hasattr(module, "variance_epsilon")
-        and why_not(module) is None
-    )
-
-
-def _norm_over(kind: type) -> type[LoraNorm] | None:
-    for formula, rounds_last in FORMULAS.items():
-        if is_formula(kind, formula):
-            return LoraNormRoundingLast if rounds_last else LoraNorm
+def _norm_over(module: nn.Module, kind: type) -> type[LoraNorm] | None:
+    if list(module._parameters) == ["weight"] and hasattr(module, "variance_epsilon"):
+        for formula, rounds_last in FORMULAS.items():
+            if is_formula(kind, formula):
+                return LoraNormRoundingLast if rounds_last else LoraNorm
     return None
+
+
+@cache
+def _rotates(kind: type) -> bool:
+    forward = getattr(kind, "forward", None)
+    if not isinstance(forward, FunctionType) or rotary.NAME not in forward.__code__.co_names:
+        return False
+    rotation = forward.__globals__.get(rotary.NAME)
+    half = getattr(rotation, "__globals__", {}).get("rotate_half")
+    return (
+        callable(rotation)
+        and callable(half)
+        and is_formula(rotation, rotary.FORMULA)
+        and is_formula(half, rotary.HALF_FORMULA)
+    )

@@ -64,18 +64,29 @@ def add_product(dx: Tensor, g: Tensor, a: Tensor, dropped: Tensor | None, p: flo
 
 def _places(n: int, p: float) -> Tensor:
     """Increasing places among ``n``, each there with probability ``p``."""
-    random = np.random.Generator(np.random.SFC64(int(torch.empty((), dtype=torch.int64).random_())))
-    rate = -1 / math.log1p(-p)  # an exponential variable with this mean, rounded down, is geometric
+    random = np.random.SFC64(int(torch.empty((), dtype=torch.int64).random_()))
     found: list[np.ndarray] = []
     last = -1
     while last < n:
         expected = (n - last) * p
-        gaps = random.standard_exponential(int(expected + 6 * math.sqrt(expected)) + 8, dtype=np.float32)
-        gaps *= rate
-        places = gaps.astype(np.int64)
-        places += 1
+        places = _gaps(random, int(expected + 6 * math.sqrt(expected)) + 8, p)
         places[0] += last
         found.append(np.cumsum(places, out=places))
         last = int(places[-1])
     places = found[0] if len(found) == 1 else np.concatenate(found)
     return torch.from_numpy(places[: np.searchsorted(places, n)])
+
+
+def _gaps(random: np.random.SFC64, count: int, p: float) -> np.ndarray:
+    """Numbers of trials, each with probability ``p``, up to and with the first that succeeds: int64.
+
+    ``1 + ⌊ln u / ln(1-p)⌋`` for ``u`` even between 0 and 1, in steps of 2⁻²⁴.
+    """
+    steps = random.random_raw((count + 1) // 2).view(np.uint32)[:count] >> 8
+    steps += 1
+    logs = np.log(steps.astype(np.float32))
+    logs -= 24 * math.log(2)
+    logs /= math.log1p(-p)
+    gaps = logs.astype(np.int64)
+    gaps += 1
+    return gaps

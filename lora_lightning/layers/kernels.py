@@ -113,6 +113,35 @@ def _norm_backward(dy, x, weight, rho, dx, d, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _rotate(
+    x, cos, sin, y, rows, H, T, half,
+    x_b, x_h, x_t, y_b, y_h, y_t, c_b, c_h, c_t,
+    BACKWARD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    h, t, b = row % H, (row // H) % T, row // (H * T)
+    c = tl.arange(0, BLOCK)
+    inside = (row[:, None] < rows) & (c[None, :] < half)
+    at = (b * x_b + h * x_h + t * x_t)[:, None] + c[None, :]
+    angle = (b * c_b + h * c_h + t * c_t)[:, None] + c[None, :]
+    kind = y.dtype.element_ty
+    x1 = tl.load(x + at, mask=inside).to(tl.float32)
+    x2 = tl.load(x + at + half, mask=inside).to(tl.float32)
+    c1 = tl.load(cos + angle, mask=inside).to(tl.float32)
+    c2 = tl.load(cos + angle + half, mask=inside).to(tl.float32)
+    s1 = tl.load(sin + angle, mask=inside).to(tl.float32)
+    s2 = tl.load(sin + angle + half, mask=inside).to(tl.float32)
+    straight1, straight2 = (x1 * c1).to(kind).to(tl.float32), (x2 * c2).to(kind).to(tl.float32)
+    if BACKWARD:
+        y1, y2 = straight1 + (x2 * s2).to(kind).to(tl.float32), straight2 - (x1 * s1).to(kind).to(tl.float32)
+    else:
+        y1, y2 = straight1 - (x2 * s1).to(kind).to(tl.float32), straight2 + (x1 * s2).to(kind).to(tl.float32)
+    out = (b * y_b + h * y_h + t * y_t)[:, None] + c[None, :]
+    tl.store(y + out, y1.to(kind), mask=inside)
+    tl.store(y + out + half, y2.to(kind), mask=inside)
+
+
+@triton.jit
 def _without(x, out, seed, n, p, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
@@ -183,6 +212,31 @@ def norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rho: Tensor) -> Tensor:
     with _on(x):
         _norm_backward[(rows,)](dy, x, weight, rho, dx, d, BLOCK=block, num_warps=_warps(block))
     return dx
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, backward: bool) -> Tensor:
+    """``y₁ = x₁ c₁ - x₂ s₁``, ``y₂ = x₂ c₂ + x₁ s₂``, or the way back.
+
+    Args:
+        x: ``(B, H, T, d)``.
+        cos: ``(B or 1, H or 1, T or 1, d)``.
+        sin: As ``cos``.
+        backward: Whether ``x`` is the gradient of ``y`` and that of ``x`` is wanted.
+    """
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    cos, sin = cos.expand(x.shape), sin.expand(x.shape)
+    if not cos.stride(-1) == sin.stride(-1) == 1 or cos.stride() != sin.stride():
+        cos, sin = cos.contiguous(), sin.contiguous()
+    y = torch.empty_like(x)
+    heads, tokens, d = x.shape[1:]
+    rows, half = x.numel() // d, d // 2
+    with _on(x):
+        _rotate[(triton.cdiv(rows, 16),)](
+            x, cos, sin, y, rows, heads, tokens, half, *x.stride()[:3], *y.stride()[:3], *cos.stride()[:3],
+            BACKWARD=backward, ROWS=16, BLOCK=triton.next_power_of_2(half),
+        )  # fmt: skip
+    return y
 
 
 def without(x: Tensor, seed: Tensor, p: float) -> Tensor:

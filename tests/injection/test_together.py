@@ -14,6 +14,7 @@ from lora_lightning.injection.together import compute_apart
 from lora_lightning.layers.gated import LoraGated
 from lora_lightning.layers.group import LoraGroup, dissolve
 from lora_lightning.layers.norm import LoraNorm
+from lora_lightning.layers.rotary import LoraRotary
 
 SIZES = {
     "hidden_size": 32,
@@ -43,7 +44,7 @@ def _apart(model):
     compute_apart(model)
     for module in model.modules():
         dissolve(module)
-    assert not any(isinstance(module, (LoraGated, LoraNorm)) for module in model.modules())
+    assert not any(isinstance(module, (LoraGated, LoraNorm, LoraRotary)) for module in model.modules())
     assert not any(getattr(module, "lora_group", None) for module in model.modules())
     return model
 
@@ -90,6 +91,7 @@ def test_what_is_computed_together_in_a_llama():
     assert isinstance(block.mlp, type(_apart(model).model.layers[0].mlp))
     assert isinstance(block.input_layernorm, LoraNorm)
     assert isinstance(model.model.norm, LoraNorm)
+    assert isinstance(attention, LoraRotary)
 
 
 def test_float32_outputs_are_the_base_models_to_the_bit_before_training():
@@ -106,6 +108,17 @@ def test_float32_outputs_are_the_base_models_to_the_bit_before_training():
     assert torch.equal(model(_ids()).logits, before)
     assert type(model.model.layers[0].mlp).__module__.startswith("transformers.")
     assert type(model.model.norm).__module__.startswith("transformers.")
+    assert type(model.model.layers[0].self_attn).__module__.startswith("transformers.")
+
+
+def test_a_rotation_put_in_the_place_of_the_one_that_was_read_is_used(monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    model = _model()
+    before = model(_ids()).logits
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, cos, sin: (q * 0, k))
+    assert not torch.allclose(model(_ids()).logits, before)
+    torch.testing.assert_close(model(_ids()).logits, _apart(model)(_ids()).logits)
 
 
 def test_bfloat16_outputs_are_the_base_models_to_the_bit_before_training():

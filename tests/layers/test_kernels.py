@@ -116,3 +116,21 @@ def test_layers_on_one_input_give_what_autograd_gives(dropout):
     wanted = torch.autograd.grad(expected, [wide_x, *wide], [dy.double() for dy in dys])
     for one, other in zip(got, wanted, strict=True):
         _close(one, other, torch.float32, 100)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [6, 64, 80])
+def test_rotation_rounds_as_composed_operations_do(dtype, width):
+    from lora_lightning.layers.rotary import _composed, rotate
+
+    q = _draw(2, 7, 3, width, dtype=dtype).transpose(1, 2).requires_grad_()
+    k = _draw(2, 7, 1, width, dtype=dtype, seed=1).transpose(1, 2).requires_grad_()
+    cos, sin = _draw(1, 7, width, dtype=dtype, seed=2), _draw(1, 7, width, dtype=dtype, seed=3)
+    got = rotate(q, k, cos, sin)
+    wanted = [_composed(x, cos[:, None], sin[:, None]) for x in (q, k)]
+    dys = [torch.randn_like(one) for one in wanted]
+    for one, other in zip(got, wanted, strict=True):
+        _close(one, other, dtype)
+    ours, theirs = torch.autograd.grad(got, (q, k), dys), torch.autograd.grad(wanted, (q, k), dys)
+    for one, other in zip(ours, theirs, strict=True):
+        _close(one, other, dtype)
