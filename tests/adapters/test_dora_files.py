@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -195,12 +196,13 @@ def test_a_file_without_magnitudes_is_refused(trained):
         load_adapter(base, folder)
 
 
-def test_a_base_read_later_gives_the_magnitudes(llama, tokens, tmp_path):
+@pytest.mark.parametrize("memory", [False, True])
+def test_a_base_read_later_gives_the_magnitudes(llama, tokens, tmp_path, memory):
     from lora_lightning import load_base
 
     llama.save_pretrained(tmp_path / "base")
-    with meta_parameters():
-        empty = type(llama)(llama.config)
+    with contextlib.nullcontext() if memory else meta_parameters():
+        empty = type(llama)(llama.config).eval()
     inject_lora(empty, LoraConfig(use_dora=True), seed=3)
     load_base(empty, tmp_path / "base")
     wanted = copy.deepcopy(llama)
@@ -208,3 +210,13 @@ def test_a_base_read_later_gives_the_magnitudes(llama, tokens, tmp_path):
     for name, parameter in lora_parameters(wanted).items():
         torch.testing.assert_close(lora_parameters(empty)[name], parameter)
     torch.testing.assert_close(_logits(empty, tokens), _logits(llama, tokens), rtol=1e-5, atol=1e-6)
+
+
+def test_a_base_read_later_leaves_a_loaded_adapter_as_it_is(trained, tokens, tmp_path):
+    from lora_lightning import load_base
+
+    base, model, folder = trained()
+    base.save_pretrained(tmp_path / "base")
+    load_adapter(base, folder)
+    load_base(base, tmp_path / "base")
+    assert torch.equal(_logits(base, tokens), _logits(model, tokens))
