@@ -2,7 +2,8 @@
 
 The way of a row: :mod:`sources` reads it and remembers where it stood, :mod:`formats` brings it into canonical form,
 :mod:`chat` renders it through the chat template and says which characters are trained, :mod:`encode` turns it into
-tokens and labels, and :mod:`samplers` and :mod:`loaders` deal it out in batches.
+tokens and labels, and :mod:`samplers` and :mod:`loaders`, or :mod:`packing`, deal it out in batches. In between,
+:mod:`cache` may keep it on disk, in the arrays of :mod:`flat`.
 
 Names are imported when they are first used: what they need (Lightning, transformers) is slow to import.
 """
