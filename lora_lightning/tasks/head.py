@@ -188,7 +188,8 @@ def _head_of(root: nn.Module) -> nn.Linear | None:
         head = cast("Any", root).get_output_embeddings()
     except (AttributeError, NotImplementedError):
         return None
-    return head if type(head) in (nn.Linear, LoraLinear) else None
+    known = type(head) in (nn.Linear, LoraLinear) and head._parameters.keys() <= {"weight", "bias", "lora_A", "lora_B"}
+    return head if known else None
 
 
 def _lora_of(head: nn.Linear) -> HeadLora | None:
@@ -259,6 +260,11 @@ def _form_seen(call: _HeadCall, outputs: Any) -> Form | None:
 
 def _trains(node: Any, until: Any) -> bool:
     """Whether a parameter has a part in a result, besides what ``until`` leads to."""
-    if node is None or node is until:
-        return False
-    return hasattr(node, "variable") or any(_trains(before, until) for before, _ in node.next_functions)
+    ahead, met = [node], {None, until}
+    while ahead:
+        if (node := ahead.pop()) not in met:
+            if hasattr(node, "variable"):
+                return True
+            met.add(node)
+            ahead += [before for before, _ in node.next_functions]
+    return False

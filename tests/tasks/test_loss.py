@@ -136,6 +136,8 @@ def test_positions_and_other_inputs_reach_the_model(module, rows):
     shifted = batch | {"position_ids": torch.arange(12).expand(8, 12) * 3}
     torch.testing.assert_close(causal_lm_loss(module.model, shifted).mean, module.model(**shifted).loss)
     assert abs(causal_lm_loss(module.model, shifted).mean - causal_lm_loss(module.model, batch).mean) > 1e-5
+    # This is no parameter of its forward, but of what that takes by way of **kwargs.
+    assert len(token_losses(module.model, batch | {"output_hidden_states": True}).outputs.hidden_states) > 1
 
 
 @pytest.fixture
