@@ -10,7 +10,7 @@ import inspect
 import textwrap
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 
 @cache
@@ -52,7 +52,7 @@ def is_formula(written: Callable, formula: str) -> bool:
 def _forward(written: Any) -> ast.FunctionDef | None:
     function = getattr(written, "forward", None) if isinstance(written, type) else written
     try:
-        return _parse(inspect.getsource(inspect.unwrap(function))  # type: ignore[arg-type])
+        return _parse(inspect.getsource(inspect.unwrap(cast("Callable", function))))
     except (OSError, TypeError, SyntaxError):  # written in C, typed in by hand, shipped without its source
         return None
 
