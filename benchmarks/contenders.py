@@ -6,20 +6,22 @@ batches. A contender is a `Spec`, which says in what it differs; a new one is on
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 LEARNING_RATE = 1e-4
-# Settings of ours that a process takes once, by the name under which a `Spec` asks for them: "module:function".
-SWITCHES: dict[str, str] = {}
+ROOT = Path(__file__).resolve().parent.parent
+# What our callback sets for a whole process when a fit begins on the CPU: by name, the file and the function. Files,
+# because their package would bring Lightning along, which a bare loop does without.
+SWITCHES = {"allocator": ("lora_lightning/strategies/allocator.py", "keep_freed_memory")}
 
 
 @dataclass(frozen=True)
@@ -53,21 +55,22 @@ class Spec:
     switches: tuple[str, ...] = ()
 
 
-OURS = Spec(switches=tuple(SWITCHES))
+OURS = Spec()
 PEFT_SHIPPED = Spec(layer="peft", loss="hf", optimizer="default", grouped=False, base_dtype=False)
 PEFT_TUNED = Spec(layer="peft")
 LIGER = Spec(layer="peft", loss="hf", liger=True)
 UNSLOTH = Spec(layer="unsloth", loss="hf", dropout=0.0)  # its fast path has no dropout
 # The floor has our loss, our optimizer and our settings of the process, and one leaf below the first layer.
 FLOOR = replace(OURS, layer="none", dropout=0.0)
-# Each level adds to the one before it. Layer and dropout are two columns of the first: without and with dropout.
+OURS_ON_CPU, FLOOR_ON_CPU = (replace(spec, switches=tuple(SWITCHES)) for spec in (OURS, FLOOR))
+# On the CPU. Each level adds to the one before it; what the layer brings without dropout is measured beside it.
 LADDER = {
     "PEFT as shipped": PEFT_SHIPPED,
     "+ layer": replace(PEFT_SHIPPED, layer="ours", base_dtype=True),
     "+ loss": replace(PEFT_SHIPPED, layer="ours", base_dtype=True, loss="ours"),
-    "+ optimizer": replace(OURS, grouped=False, switches=()),
+    "+ optimizer": replace(OURS, grouped=False),
     **{f"+ {name}": replace(OURS, grouped=False, switches=tuple(SWITCHES)[: i + 1]) for i, name in enumerate(SWITCHES)},
-    "+ batching (all)": OURS,
+    "+ batching (all)": OURS_ON_CPU,
 }
 
 
@@ -85,6 +88,22 @@ def why_not(spec: Spec) -> str | None:
     return None
 
 
+def switch_on(name: str) -> None:
+    """Set what `SWITCHES` has under a name, for this process.
+
+    Raises:
+        RuntimeError: It could not be set: figures would be those of something else.
+    """
+    file, function = SWITCHES[name]
+    spec = importlib.util.spec_from_file_location(name, ROOT / file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not getattr(module, function)():
+        raise RuntimeError(f"{function} in {file} did nothing here (are MALLOC_… or LD_PRELOAD set?)")
+
+
 class Contender:
     """A model that is ready to be trained, and its step.
 
@@ -95,8 +114,7 @@ class Contender:
 
     def __init__(self, spec: Spec, base: nn.Module) -> None:
         for name in spec.switches:
-            module, function = SWITCHES[name].split(":")
-            getattr(importlib.import_module(module), function)()
+            switch_on(name)
         if spec.liger:
             from liger_kernel.transformers import _apply_liger_kernel_to_instance
 

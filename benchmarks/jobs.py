@@ -77,7 +77,7 @@ class Steps:
         self.contenders: list[Contender] = []
         self.batches: list[list[Any]] = []
         for task in tasks:
-            base = task.model()
+            base: Any = task.model()
             vocabulary = 0 if task.sides else base.config.vocab_size
             spec = replace(spec, loss="sum") if task.sides else spec
             self.contenders.append(Contender(spec, base))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import fields, replace
 from itertools import pairwise
 
@@ -11,6 +12,7 @@ import torch
 from benchmarks import contenders as c
 from benchmarks.check import difference, reference_gradients
 from benchmarks.shapes import HEADLINES, SHAPES, WHOLE_STORIES, build_model, chat_batches, full_batch, tokens_in, twin
+from benchmarks.workers import Worker
 
 BATCH = full_batch(384, 2, 12, supervised=0.5)
 
@@ -67,7 +69,7 @@ def test_floor_trains_nothing_but_reaches_down_to_the_first_layer():
 def test_ladder_changes_one_thing_a_level():
     levels = list(c.LADDER.values())
     assert levels[0] == c.PEFT_SHIPPED
-    assert levels[-1] == c.OURS
+    assert levels[-1] == c.OURS_ON_CPU
     for before, after in pairwise(levels):
         changed = {f.name for f in fields(c.Spec) if getattr(before, f.name) != getattr(after, f.name)}
         assert len(changed - {"base_dtype"}) == 1, changed  # whose adapters they are decides on their dtype as well
@@ -87,3 +89,22 @@ def test_batches_by_length_hold_the_same_rows_with_less_padding():
     assert padding[1] < 0.85 * padding[0]
     few = chat_batches(384, 4, 8, WHOLE_STORIES, grouped=True)
     assert sum(map(tokens_in, few)) / 8 == pytest.approx(sum(map(tokens_in, grouped)) / 32, rel=0.1)
+
+
+def test_switches_are_on_in_a_worker_and_lightning_is_not_there():
+    worker = Worker(Switched)
+    try:
+        assert worker.call("lightning") is False
+    finally:
+        worker.close()
+
+
+class Switched:
+    """A contender with all that our callback sets for a process."""
+
+    def __init__(self) -> None:
+        self.one = c.Contender(c.OURS_ON_CPU, build_model(SHAPES["tiny"]))
+
+    def lightning(self) -> bool:
+        self.one.step(BATCH)
+        return any(name.split(".")[0] == "lightning" for name in sys.modules)
