@@ -47,6 +47,16 @@ def best_fit(lengths: Sequence[int], capacity: int) -> tuple[list[int], int]:
     return row_of, count
 
 
+def packed(examples: Sequence[Example], capacity: int) -> list[list[Example]]:
+    """Rows of examples, each to the fullest row that has room for it."""
+    longest_first = sorted(examples, key=lambda example: len(example["input_ids"]), reverse=True)
+    row_of, count = best_fit([len(example["input_ids"]) for example in longest_first], capacity)
+    rows: list[list[Example]] = [[] for _ in range(count)]
+    for example, row in zip(longest_first, row_of, strict=True):
+        rows[row].append(example)
+    return rows
+
+
 def how_full(lengths: Sequence[int], capacity: int) -> str:
     """A sentence for people about what packing makes of examples.
 

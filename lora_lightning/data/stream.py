@@ -9,11 +9,14 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from lora_lightning.data.encode import Encoder, Example, Tally
 from lora_lightning.data.formats import Record
+from lora_lightning.data.packing import packed
 from lora_lightning.data.read import read_records
 from lora_lightning.data.sources import Source
 
 CHUNK = 64
 """So many rows are tokenised in one call."""
+PACKED_TOGETHER = 512
+"""So many examples are dealt to packed rows together: enough to fill them, few enough to wait for."""
 ROWS_BEFORE_JUDGING = 100
 """The share of bad rows says nothing before so many were seen."""
 
@@ -32,6 +35,7 @@ class RowStream(IterableDataset):
         held_out: Fingerprints of rows that are for validation, and are passed over.
         rank: Of this process.
         world: The number of ranks.
+        capacity: Of packed rows, in tokens, which then take the place of the examples; None does not pack.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class RowStream(IterableDataset):
         held_out: frozenset[str] = frozenset(),
         rank: int = 0,
         world: int = 1,
+        capacity: int | None = None,
     ) -> None:
         self.sources = sources
         self.encoder = encoder
@@ -52,12 +57,13 @@ class RowStream(IterableDataset):
         self.held_out = held_out
         self.rank = rank
         self.world = world
+        self.capacity = capacity
 
-    def __iter__(self) -> Iterator[Example]:
+    def __iter__(self) -> Iterator[Example | list[Example]]:
         worker = get_worker_info()
         workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
         shards, shard = workers * self.world, number * self.world + self.rank
-        examples = self.examples()
+        examples: Iterator[Example | list[Example]] = self.examples() if self.capacity is None else self.rows()
         while round_ := list(itertools.islice(examples, shards)):
             if shard < len(round_):
                 yield round_[shard]
@@ -77,6 +83,12 @@ class RowStream(IterableDataset):
             yield from self.encoder.encode(chunk, tally, on_bad_row=self.on_bad_row)
             if tally.rows >= ROWS_BEFORE_JUDGING:
                 tally.check()
+
+    def rows(self) -> Iterator[list[Example]]:
+        """The same, packed."""
+        examples = self.examples()
+        while together := list(itertools.islice(examples, PACKED_TOGETHER)):
+            yield from packed(together, self.capacity or self.encoder.max_length)
 
     def records(self, tally: Tally) -> Iterator[Record]:
         """The rows in canonical form, those for validation among them."""

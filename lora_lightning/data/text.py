@@ -63,11 +63,8 @@ class TextData(ChatDataModule):
             )
             if given not in known
         ]
-        wrong += [
-            f"streaming=true reads rows while training, so {name} must be false"
-            for name in ("packing", "cache")
-            if streaming and options.get(name)
-        ]
+        if streaming and options.get("cache"):
+            wrong.append("streaming=true reads rows while training, so cache must be false")
         if not 0 <= val_split < 1:
             wrong.append(f"val_split must be at least 0 and less than 1, got {val_split!r}")
         if wrong:
@@ -102,7 +99,8 @@ class TextData(ChatDataModule):
             return super().load(tokenizer)
         encoder, notes = self.encoder(tokenizer)
         sources, val_sources = self._sources()
-        stream = RowStream(sources, encoder, format=self.format, on_bad_row=self.on_bad_row)
+        capacity = self.max_length if self.packing else None
+        stream = RowStream(sources, encoder, format=self.format, on_bad_row=self.on_bad_row, capacity=capacity)
         head, val = Tally(), Tally()
         train_records = list(itertools.islice(stream.records(head), STREAM_HEAD))
         head.check()

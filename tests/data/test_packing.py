@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from lora_lightning.data import TextData
 from lora_lightning.data.packing import PackedRows, PackingCollator, PackingSampler, best_fit
-from lora_lightning.errors import LoraConfigError
 from tests.data.test_resume import PLACES, fit
 
 lengths_of_any_kind = st.lists(st.integers(1, 30), min_size=1, max_size=80)
@@ -131,15 +130,27 @@ def test_training_is_packed_and_validation_is_not(tokenizer, numbered, capsys):
     assert "Packed: 57 examples in" in " ".join(capsys.readouterr().out.split())
 
 
-def test_streams_are_not_packed():
-    with pytest.raises(LoraConfigError, match="streaming=true reads rows while training, so packing must be false"):
-        TextData("x", packing=True, streaming=True)
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_streams_are_packed_alike_on_every_rank(tokenizer, numbered, world, monkeypatch):
+    monkeypatch.setattr("lora_lightning.data.stream.PACKED_TOGETHER", 16)
+    data = TextData(str(numbered(60)), tokenizer=tokenizer, packing=True, streaming=True, max_length=64)
+    data.setup()
+    stream, found = data.loaded.train, []
+    for rank in range(world):
+        stream.rank, stream.world = rank, world
+        found.append(list(stream))
+    assert len({len(rows) for rows in found}) == 1
+    seen = Counter(tuple(each["input_ids"].tolist()) for rows in found for row in rows for each in row)
+    assert set(seen) == {tuple(each["input_ids"].tolist()) for each in stream.examples()}
+    assert all(sum(len(each["input_ids"]) for each in row) <= 64 for rows in found for row in rows)
+    stream.rank, stream.world = 0, 1
+    assert "position_ids" in next(iter(data.train_dataloader()))
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_run_sees_the_same_packed_rows(tokenizer, numbered, tmp_path, workers):
-    data = {"batch_size": 2, "val_split": 0.2, "packing": True, "max_length": 48, "num_workers": workers}
+@pytest.mark.parametrize("more", [{}, {"num_workers": 2}, {"streaming": True}], ids=["plain", "workers", "stream"])
+def test_a_resumed_run_sees_the_same_packed_rows(tokenizer, numbered, tmp_path, more):
+    data = {"batch_size": 2, "val_split": 0.2, "packing": True, "max_length": 48, **more}
     options = {**PLACES["in an epoch"], "data": data}
     path = numbered(35)
     whole, checkpoints = fit(tokenizer, path, tmp_path / "whole", **options)
