@@ -97,21 +97,25 @@ class Bench:
             for worker in made.values():
                 worker.close()
 
-    @contextmanager
-    def steps(self, specs: Mapping[str, c.Spec], *tasks: Task) -> Iterator[dict[str, Any]]:
-        """A worker for each contender that can be run here and has right gradients; the others are told."""
+    def able(self, specs: Mapping[str, c.Spec]) -> dict[str, c.Spec]:
+        """The contenders that can be run here; why the others cannot is told."""
         able = {}
         for name, spec in specs.items():
-            if self.quick:  # in this process nothing is to be set for all that follows
-                spec = replace(spec, switches=())
             if reason := c.why_not(spec):
                 self.told.setdefault("not_run", {})[name] = reason
                 print(f"  not run: {name}: {reason}", flush=True)
-            else:
-                able[name] = (Steps, spec, *tasks)
-                for task in tasks:
-                    self.check(name, spec, task)
-        with self.workers(able) as made:
+            else:  # a quick run is this process's guest: it sets nothing in it
+                able[name] = replace(spec, switches=()) if self.quick else spec
+        return able
+
+    @contextmanager
+    def steps(self, specs: Mapping[str, c.Spec], *tasks: Task) -> Iterator[dict[str, Any]]:
+        """A worker for each contender that can be run, once its gradients have been compared."""
+        able = self.able(specs)
+        for name, spec in able.items():
+            for task in tasks:
+                self.check(name, spec, task)
+        with self.workers({name: (Steps, spec, *tasks) for name, spec in able.items()}) as made:
             yield made
 
     def check(self, name: str, spec: c.Spec, task: Task) -> None:

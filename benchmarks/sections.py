@@ -100,14 +100,8 @@ def memory(bench: Bench) -> None:
     """Peak memory of a process at 8×256, one process after the other."""
     task = bench.task(rows=8, tokens=256)
     peaks: dict[str, dict[str, int]] = {}
-    for name, spec in {
-        SHIPPED: c.PEFT_SHIPPED,
-        TUNED: c.PEFT_TUNED,
-        OURS: c.OURS_ON_CPU,
-        FLOOR: c.FLOOR_ON_CPU,
-    }.items():
-        if c.why_not(spec):
-            continue
+    specs = {SHIPPED: c.PEFT_SHIPPED, TUNED: c.PEFT_TUNED, OURS: c.OURS_ON_CPU, FLOOR: c.FLOOR_ON_CPU}
+    for name, spec in bench.able(specs).items():
         with bench.workers({name: (Steps, spec, task)}) as made:
             peaks[name] = made[name].call("peak", 2)
     bench.told["memory"] = peaks
@@ -139,7 +133,7 @@ def dora(bench: Bench) -> None:
 def injection(bench: Bench) -> None:
     """Injection into 896 small linear layers."""
     layers = 2 if bench.quick else 128
-    specs = {name: spec for name, spec in ((OURS, c.OURS_ON_CPU), (SHIPPED, c.PEFT_SHIPPED)) if not c.why_not(spec)}
+    specs = bench.able({OURS: c.OURS, SHIPPED: c.PEFT_SHIPPED})
     with bench.workers({name: (Injections, spec, layers) for name, spec in specs.items()}) as made:
         times = bench.time(made)
     bench.row(f"injection, {7 * layers} modules", spread(times[OURS]), 0.2, unit="s")
