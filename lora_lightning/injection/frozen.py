@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from lora_lightning.injection.names import canonical_modules
+from lora_lightning.injection.names import canonical_modules, parameters_of
 from lora_lightning.injection.targets import output_embeddings
 from lora_lightning.layers import LoraLayer
 
@@ -62,7 +62,7 @@ def warn_of_bare(parameters: Mapping[str, nn.Parameter]) -> None:
 
 def _network(root: nn.Module) -> set[int]:
     """The parts of a model that is trainable as a whole, less what is beside the transformers backbone in it."""
-    if not all(parameter.requires_grad for parameter in root.parameters()):
+    if not all(parameter.requires_grad for parameter in parameters_of(root)):
         return set()
     return _parts(getattr(root, str(getattr(root, "base_model_prefix", "")), root) or root)
 

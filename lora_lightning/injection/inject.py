@@ -12,7 +12,7 @@ from lora_lightning.config import LoraConfig
 from lora_lightning.errors import LoraConfigError
 from lora_lightning.injection.frozen import meant_to_train, warn_of_bare
 from lora_lightning.injection.initialise import generator_for, initialise
-from lora_lightning.injection.names import canonical_modules, find_root, unwrap, walked_once
+from lora_lightning.injection.names import canonical_modules, find_root, parameters_of, unwrap, walked_once
 from lora_lightning.injection.report import LoraReport, LoraRow
 from lora_lightning.injection.state import (
     ORIGINALS,
@@ -116,7 +116,7 @@ def freeze_rest(model: nn.Module) -> dict[str, Tensor]:
     model = unwrap(model)
     kept = adapter_tensors(model)
     own = {id(tensor) for tensor in kept.values()}
-    for parameter in model.parameters():
+    for parameter in parameters_of(model):
         if id(parameter) not in own:
             parameter.requires_grad_(False)
             parameter.grad = None
@@ -140,7 +140,7 @@ def report_of(model: nn.Module, heads: tuple[str, ...] = (), whole: nn.Module | 
             kind = "bias" if list(originals) == ["bias"] and "weight" in module._parameters else "in full"
             count = sum(p.numel() for p in own)
             rows.append(LoraRow(name.removeprefix(prefix), kind, tuple(own[0].shape[::-1]), 0, 0.0, count))
-    sizes = [(_numel(p), p.requires_grad) for p in (whole or model).parameters()]
+    sizes = [(_numel(p), p.requires_grad) for p in parameters_of(whole or model)]
     trainable = sum(size for size, trains in sizes if trains)
     return LoraReport(rows, trainable, sum(size for size, _ in sizes), heads)
 

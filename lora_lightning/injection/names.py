@@ -10,8 +10,10 @@ from contextvars import ContextVar
 from torch import nn
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# Modules by canonical name, and all of them, wrappers too.
+_Walk = tuple[dict[str, nn.Module], list[nn.Module]]
 # Walks that are remembered, by the module that they began at; None where the tree may change between two of them.
-_WALKS: ContextVar[dict[int, dict[str, nn.Module]] | None] = ContextVar("walks", default=None)
+_WALKS: ContextVar[dict[int, _Walk] | None] = ContextVar("walks", default=None)
 _IN_NAMES = re.compile(rf"(^|\.)({'|'.join(_WRAPPERS)})(?=\.|$)")
 
 
@@ -28,13 +30,17 @@ def canonical(name: str) -> str:
 
 def canonical_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module below (and with) ``model`` once, by canonical name; a wrapper counts as its content."""
-    known = _WALKS.get()
-    modules = None if known is None else known.get(id(model))
-    if modules is None:
-        modules = _walk(model)
-        if known is not None:
-            known[id(model)] = modules
-    yield from modules.items()
+    yield from _walked(model)[0].items()
+
+
+def parameters_of(model: nn.Module) -> Iterator[nn.Parameter]:
+    """What ``model.parameters()`` gives."""
+    seen: set[int] = set()
+    for module in _walked(model)[1]:
+        for parameter in module._parameters.values():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield parameter
 
 
 @contextlib.contextmanager
@@ -50,23 +56,32 @@ def walked_once() -> Iterator[None]:
         _WALKS.reset(before)
 
 
-def _walk(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules by canonical name in the order of ``named_modules``, without a generator for every level of depth."""
+def _walked(model: nn.Module) -> _Walk:
+    known = _WALKS.get()
+    if known is None:
+        return _walk(model)
+    if id(model) not in known:
+        known[id(model)] = _walk(model)
+    return known[id(model)]
+
+
+def _walk(model: nn.Module) -> _Walk:
+    """Modules in the order of ``named_modules``, without a generator for every level of depth."""
     found: dict[str, nn.Module] = {}
-    visited: set[int] = set()
+    visited: dict[int, nn.Module] = {}
     ahead = [("", model)]
     while ahead:
         name, module = ahead.pop()
         if id(module) in visited:
             continue
-        visited.add(id(module))
+        visited[id(module)] = module
         found[name] = module  # the content comes after its wrapper and takes the name
         if children := module._modules:
             before = f"{name}." if name else ""
             for local, child in reversed(list(children.items())):
                 if child is not None:
                     ahead.append((name if local in _WRAPPERS else before + local, child))
-    return found
+    return found, list(visited.values())
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_lightning import LoraConfig, inject_lora, lora_parameters
 from lora_lightning.injection import names
-from lora_lightning.injection.names import canonical, canonical_modules, walked_once
+from lora_lightning.injection.names import canonical, canonical_modules, parameters_of, walked_once
 from lora_lightning.injection.targets import entries_for, pattern_value
 
 LOCAL = st.sampled_from(["a", "b", "0", "_orig_mod", "_fsdp_wrapped_module", "q_proj"])
@@ -34,6 +34,15 @@ def test_a_walk_finds_what_named_modules_does_in_its_order(model):
     for name, module in model.named_modules():
         expected[canonical(name)] = module
     assert list(canonical_modules(model)) == list(expected.items())
+
+
+@given(trees())
+def test_all_parameters_are_found_in_torchs_order(model):
+    shared = nn.Parameter(torch.ones(1))
+    for number, module in enumerate(model.modules()):
+        module.register_parameter("own", nn.Parameter(torch.ones(1)))
+        module.register_parameter("other", [None, shared][number % 2])
+    assert [id(p) for p in parameters_of(model)] == [id(p) for p in model.parameters()]
 
 
 def test_an_injection_walks_a_model_once(llama, monkeypatch):
