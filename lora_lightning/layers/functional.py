@@ -107,6 +107,11 @@ def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
 
 
+def shaped(out: Tensor, x: Tensor) -> Tensor:
+    """``(T, out)`` with the leading dimensions of ``x``, as a tensor of its own: nobody could write into a view."""
+    return torch.ops.aten._unsafe_view(out, [*x.shape[:-1], out.shape[-1]])
+
+
 def written_out(x: Tensor, layers: Sequence[Adapted]) -> bool:
     """Whether all are plain tensors, for which gradients are written out here."""
     return (
@@ -312,7 +317,7 @@ class _LoraLinears(torch.autograd.Function):
             *(part if need.b else None for part, need in zip(xa, needs, strict=True)),
             *saved(layers, needs_x, needs),
         )
-        return tuple(out.view(*x.shape[:-1], out.shape[-1]) for out in outs)
+        return tuple(shaped(out, x) for out in outs)
 
     @staticmethod
     @once_differentiable

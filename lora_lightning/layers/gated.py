@@ -29,6 +29,7 @@ from lora_lightning.layers.functional import (
     needs_of,
     outputs_of,
     saved,
+    shaped,
 )
 from lora_lightning.layers.group import at_once
 from lora_lightning.layers.linear import LoraLinear
@@ -143,7 +144,7 @@ class _Gated(torch.autograd.Function):
         ctx.save_for_backward(
             x, gate, up, dropped, dropped_h, *xa, *ha, *saved(layers, True, needs_of(ctx.needs_input_grad[4:]))
         )
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return shaped(y, x)
 
     @staticmethod
     @once_differentiable

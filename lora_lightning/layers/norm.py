@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lora_lightning.layers.functional import PLAIN, transformed
+from lora_lightning.layers.functional import PLAIN, shaped, transformed
 from lora_lightning.layers.written import kernels_for
 
 _BODY = """def forward(self, x):
@@ -67,7 +67,7 @@ class _Norm(torch.autograd.Function):
             x_flat = x.reshape(-1, x.shape[-1]).contiguous()
             y, rho = kernels.norm(x_flat, weight, epsilon, rounds_last)
             ctx.save_for_backward(x_flat, weight, rho)
-            return y.view(x.shape)
+            return shaped(y, x)
         wide = x if x.dtype == torch.float32 else x.float()
         rho = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)  # (..., 1)
         ctx.save_for_backward(x, weight, rho)

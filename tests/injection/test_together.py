@@ -330,3 +330,19 @@ def test_checkpoint_of_a_single_block_by_hand():
     torch.manual_seed(0)
     (again,) = torch.autograd.grad(checkpoint(block, x, use_reentrant=False).square().sum(), x)
     assert torch.equal(plain, again)
+
+
+@pytest.mark.parametrize("part", ["self_attn.q_proj", "self_attn.k_proj", "mlp", "mlp.down_proj", "input_layernorm"])
+def test_outputs_may_be_written_into(part):
+    model = _model()
+    layer = model.model.layers[0].get_submodule(part)
+    other = _apart(model).model.layers[0].get_submodule(part)
+    x = torch.randn(2, 5, 48 if part == "mlp.down_proj" else 32, requires_grad=True)
+    results = []
+    for one in (layer, other):
+        y = one(x)
+        y += 1
+        y *= 2
+        results.append((y, *torch.autograd.grad(y.square().sum(), x)))
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted)
