@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 from lora_lightning.errors import LoraConfigError
 from lora_lightning.injection import lora_parameters
 from lora_lightning.injection.names import unwrap
+from lora_lightning.strategies.equal import differing
 from lora_lightning.strategies.quantised import check_quantised
-from lora_lightning.strategies.replicated import average_gradients
+from lora_lightning.strategies.replicated import average_gradients, broadcast
 from lora_lightning.strategies.sharded import ShardedState
 
 
@@ -76,6 +77,22 @@ class FsdpState(ShardedState):
         self._ignored = trained
         for parameter in trained:
             parameter.data = parameter.data.to(strategy.root_device)
+        # FSDP sends nothing around: a head that each process has drawn for itself begins as the first one's.
+        broadcast([p for p in trained if not p.is_meta], cast("dist.ProcessGroup", dist.group.WORLD))
+        self._check_base()
+
+    def _check_base(self) -> None:
+        base = {n: p for n, p in self.module.named_parameters() if not p.requires_grad and type(p) is nn.Parameter}
+        if any(isinstance(module, FullyShardedDataParallel) for module in self.module.modules()):
+            return  # everyone has its own part already
+        if cast("FSDPStrategy", self.strategy).kwargs.get("sync_module_states"):
+            return
+        if found := differing({name: p for name, p in base.items() if not p.is_meta}):
+            raise LoraConfigError(
+                f"{next(iter(found))} and {len(found) - 1} more tensors of the base are not the same on all processes, "
+                "and FSDP would put it together from parts of several models: load the weights from files, call "
+                "seed_everything before building, or give the strategy sync_module_states=True"
+            )
 
     def synchronise(self, optimizer: Optimizer) -> None:
         """Average over all processes."""

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.optim import Optimizer
 
+from lora_lightning.errors import LoraConfigError
 from lora_lightning.injection.state import lora_layers
 from lora_lightning.layers import LoraLayer
 from lora_lightning.layers.linear import LoraOverLinear
@@ -34,11 +35,16 @@ class ModelParallelState(ShardedState):
         return cast("ModelParallelStrategy", self.strategy)._save_distributed_checkpoint
 
     def injected(self, target: nn.Module, *, by_callback: bool) -> None:
-        """Lay adapters out over the tensor-parallel mesh where their layer is."""
+        """Lay adapters out over the tensor-parallel mesh where their layer is.
+
+        Raises:
+            LoraConfigError: If the user has split them so that a process has nothing of one.
+        """
         super().injected(target, by_callback=by_callback)
         check_quantised("ModelParallelStrategy", target)
-        for _, layer in lora_layers(target):
+        for name, layer in lora_layers(target):
             _follow(layer)
+            _check_parts(name, layer)
 
     def synchronise(self, optimizer: Optimizer) -> None:
         """Average over the data-parallel mesh what FSDP2 does not, and let plain and ``DTensor`` parameters step."""
@@ -67,6 +73,22 @@ def _follow(layer: LoraLayer) -> None:
     for name in layer.lora_parameter_names:
         split = Shard(1) if name == "lora_A" else Shard(0)  # the others begin with the outputs
         _lay_out(layer, name, mesh, split if linear and along == split else whole)
+
+
+def _check_parts(name: str, layer: LoraLayer) -> None:
+    """FSDP2 cannot reduce the gradient of a tensor of which tensor parallel has left a process nothing."""
+    for part in ("lora_A", "lora_B"):
+        p = getattr(layer, part)
+        if not isinstance(p, DTensor) or not {DATA, TENSOR} <= set(p.device_mesh.mesh_dim_names or ()):
+            continue
+        along = (p.device_mesh.mesh_dim_names or ()).index(TENSOR)
+        placement, ways = p.placements[along], p.device_mesh.size(along)
+        if isinstance(placement, Shard) and p.shape[placement.dim] < ways:
+            raise LoraConfigError(
+                f"{name}.{part} is {tuple(p.shape)}, and {ways} tensor-parallel processes cannot each have a part of "
+                f"its {p.shape[placement.dim]}: use a rank of at least {ways}, or leave injection to the callback, "
+                "which does not split it so"
+            )
 
 
 def _lay_out(layer: LoraLayer, name: str, mesh: DeviceMesh, placement: Placement) -> None:

@@ -22,8 +22,8 @@ def average_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGro
         group: Processes that saw different data.
     """
     size = dist.get_world_size(group)
-    for dtype in dict.fromkeys(p.dtype for p in parameters):
-        several = [p for p in parameters if p.dtype == dtype]
+    for several in _alike(parameters):
+        dtype = several[0].dtype
         parts = [_local(p) for p in several]
         present = torch.tensor([p.grad is not None for p in several], dtype=dtype, device=parts[0].device)
         flat = torch.cat([present, *(part.reshape(-1) for part in parts)])
@@ -32,6 +32,24 @@ def average_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGro
         for parameter, part, total, count in zip(several, parts, sums, seen.tolist(), strict=True):
             if count:
                 _take(parameter, (total / size).view_as(part))
+
+
+@torch.no_grad()
+def broadcast(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
+    """Give all processes of a group the values that its first one has, in place, by one exchange for each dtype."""
+    for several in _alike(parameters):
+        flat = torch.cat([p.reshape(-1) for p in several])
+        dist.broadcast(flat, dist.get_global_rank(group, 0), group=group)
+        for p, values in zip(several, flat.split([p.numel() for p in several]), strict=True):
+            p.copy_(values.view_as(p))
+
+
+def _alike(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters of one dtype on one device, which one exchange can take together."""
+    groups: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+    for p in parameters:
+        groups.setdefault((p.dtype, p.device), []).append(p)
+    return list(groups.values())
 
 
 @torch.no_grad()
