@@ -119,7 +119,7 @@ def processes(tmp_path):
             with (out / f"rank{rank}.txt").open("w") as log:
                 started.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
         try:
-            codes = [process.wait(timeout=240) for process in started]
+            codes = [process.wait(timeout=500) for process in started]
         finally:
             for process in started:
                 process.kill()

@@ -102,7 +102,7 @@ def test_a_full_disk_is_an_error_and_the_file_before_is_whole(tmp_path):
     before = path.read_bytes()
     numbers = (24_900, 100_000, 10_000_000)  # too many by the last bytes, by some, by far
     said = subprocess.run(
-        [sys.executable, "-c", FULL, path, *map(str, numbers)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", FULL, path, *map(str, numbers)], capture_output=True, text=True, timeout=500
     ).stdout.splitlines()
     assert len(said) == 3
     for line, count in zip(said, numbers, strict=True):
@@ -223,7 +223,7 @@ def test_processes_write_one_folder_and_fail_together(tmp_path):
         for rank in (0, 1)
     ]
     for process in processes:
-        said = process.communicate(timeout=60)[0].splitlines()
+        said = process.communicate(timeout=500)[0].splitlines()
         assert [line[:14] for line in said] == ["0 AdapterError", "1 AdapterError"]
         assert all("No space left on device" in line for line in said)
     assert left_in(tmp_path / "None.ckpt") == [MANIFEST, "rank0", "rank1"]
@@ -239,7 +239,7 @@ import torch.distributed as dist
 from lora_lightning.adapters.files import atomic_folder
 rank, place = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group(
-    "gloo", init_method=f"file://{place}/meeting", rank=rank, world_size=2, timeout=timedelta(seconds=20)
+    "gloo", init_method=f"file://{place}/meeting", rank=rank, world_size=2, timeout=timedelta(seconds=300)
 )
 try:
     with atomic_folder(f"{place}/no\\0path.ckpt"):  # which no system takes, and Python says so by a ValueError
@@ -255,7 +255,7 @@ def test_an_exception_of_any_kind_in_the_first_process_is_one_in_all(tmp_path):
         subprocess.Popen([sys.executable, "-c", ANY_KIND, str(rank), tmp_path], stdout=subprocess.PIPE, text=True)
         for rank in (0, 1)
     ]
-    said = [process.communicate(timeout=60)[0] for process in processes]
+    said = [process.communicate(timeout=500)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert said[0].startswith("ValueError")
     assert said[1].startswith("AdapterError")
@@ -315,7 +315,7 @@ for kind in ("file", "folder"):
 
 def test_there_is_a_whole_checkpoint_at_every_moment_of_a_save(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", CRASHES, tmp_path / "run"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-W", "error", "-c", CRASHES, tmp_path / "run"], capture_output=True, text=True, timeout=500
     )
     assert done.returncode == 0, done.stderr
     for line in done.stdout.splitlines():

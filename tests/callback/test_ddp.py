@@ -59,7 +59,7 @@ def _run(tmp_path: Path, name: str, devices: int, epochs: int = 3, ckpt: Path | 
     arguments = [str(devices), str(epochs), str(out), *([str(ckpt)] if ckpt else [])]
     env = {**os.environ, "PYTHONPATH": os.getcwd()}
     done = subprocess.run(
-        [sys.executable, script, *arguments], env=env, capture_output=True, text=True, timeout=240, check=False
+        [sys.executable, script, *arguments], env=env, capture_output=True, text=True, timeout=500, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return out

@@ -61,7 +61,7 @@ def test_all_processes_are_told(tmp_path, kind, at):
     script.write_text(FULL)
     done = subprocess.run(
         [sys.executable, script, kind, at, tmp_path],
-        env={**os.environ, "PYTHONPATH": os.getcwd()}, capture_output=True, text=True, timeout=240, check=False,
+        env={**os.environ, "PYTHONPATH": os.getcwd()}, capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     told = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]

@@ -23,7 +23,7 @@ def command(tmp_path_factory) -> Run:
     """Runs Python with arguments in an empty folder, as a user would, with one thread and no network."""
     home = tmp_path_factory.mktemp("somewhere")
 
-    def run(*arguments: str | Path, cwd: Path = home, timeout: float = 240, **environment: str):
+    def run(*arguments: str | Path, cwd: Path = home, timeout: float = 500, **environment: str):
         clean = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "PL_", "PYTEST"))}
         settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
         return subprocess.run(

@@ -135,7 +135,7 @@ def test_presets_in_somebody_elses_app(tmp_path, overrides, expected):
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr
     for line in expected:

@@ -313,7 +313,7 @@ def test_of_several_processes_one_makes_the_rows(bad, tmp_path):
     processes = [context.Process(target=one_of_many, args=(bad, folder, together, sums)) for _ in range(3)]
     for process in processes:
         process.start()
-    found = [sums.get(timeout=60) for _ in processes]
+    found = [sums.get(timeout=500) for _ in processes]
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0, 0]

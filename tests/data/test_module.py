@@ -96,7 +96,7 @@ def test_two_processes_share_the_rows_with_no_flag_given(numbered, tmp_path):
     done = subprocess.run(
         [sys.executable, tmp_path / "run.py", numbered(30), tmp_path],
         env={"PYTHONPATH": ":".join(sys.path), "PATH": "", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)},
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("One training example") == 1

@@ -51,7 +51,7 @@ def test_trains_from_a_yaml(tmp_path):
     env = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "cli.py", "fit", "--config", "config.yaml"],
-        cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240, check=False,
+        cwd=tmp_path, env=env, capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "LoRA: 4 layers adapted, r=4, scale 2.0" in done.stderr

@@ -72,7 +72,7 @@ def run(tmp_path_factory) -> Iterator[Callable[..., Ended]]:
 
     yield run
     server.stdin.close()
-    server.wait(10)
+    server.wait(300)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ def test_no_kill_and_no_damage_loses_a_run():
         [sys.executable, ROOT / "benchmarks" / "faults.py", "--kills", "10", "--seed", "2"],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=500,
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]

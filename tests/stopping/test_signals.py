@@ -109,7 +109,7 @@ def test_under_slurm_lightning_requeues_and_nobody_else(tmp_path):
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
     scontrol.chmod(0o755)
-    done = subprocess.run([sys.executable, "-c", REQUEUES, tmp_path], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", REQUEUES, tmp_path], capture_output=True, text=True, timeout=500)
     assert done.returncode == 143, done.stderr
     assert (tmp_path / "calls").read_text().split() == ["requeue", "77"]
     saved = torch.load(tmp_path / "hpc_ckpt_1.ckpt", weights_only=True)
@@ -150,7 +150,7 @@ pl.Trainer(max_steps=20, accelerator="cpu", logger=False, enable_progress_bar=Fa
 
 
 def test_under_submitit_submitit_requeues(tmp_path):
-    done = subprocess.run([sys.executable, "-c", SUBMITIT, tmp_path], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", SUBMITIT, tmp_path], capture_output=True, text=True, timeout=500)
     assert done.returncode == 255, done.stderr
     assert done.stdout.split("\n")[:2] == ["Bypassing signal", "requeued True"]
     assert "step 4 is saved" in done.stderr

@@ -32,7 +32,7 @@ def run(tmp_path_factory):
             out = tmp_path_factory.mktemp("run")
             env = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", **({"LATE": "1"} if late else {})}
             command = [sys.executable, WORKER, out, *key[1:]]
-            ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
+            ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500, check=False)
             assert ended.returncode == 0, ended.stderr[-3000:]
             done[key] = out, json.loads((out / "notes0.json").read_text()), ended.stderr
         return done[key]

@@ -56,7 +56,7 @@ def test_what_processes_drew_for_themselves(tmp_path, kind, drawn, message):
     script.write_text(SCRIPT)
     done = subprocess.run(
         [sys.executable, script, kind, drawn, tmp_path],
-        env={**os.environ, "PYTHONPATH": os.getcwd()}, capture_output=True, text=True, timeout=240, check=False,
+        env={**os.environ, "PYTHONPATH": os.getcwd()}, capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     told = [path.read_text() for path in sorted(tmp_path.glob("?.txt"))]

@@ -76,7 +76,7 @@ def _run(tmp_path, kind: str, folder) -> dict[str, torch.Tensor]:
         env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=500,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

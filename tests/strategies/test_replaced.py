@@ -124,6 +124,6 @@ assert any(key.endswith("3.running_mean") for key in keys), keys
 def test_norms_that_are_synchronised_keep_what_they_are(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", SYNC, tmp_path],
-        env={**os.environ, "PYTHONPATH": os.getcwd()}, capture_output=True, text=True, timeout=240, check=False,
+        env={**os.environ, "PYTHONPATH": os.getcwd()}, capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

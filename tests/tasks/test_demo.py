@@ -32,7 +32,7 @@ def test_tiny_llama_is_the_same_everywhere(tmp_path):
         )
         for seed in (1, 2)
     ]
-    folders = {process.communicate(timeout=100)[0].strip() for process in running}
+    folders = {process.communicate(timeout=500)[0].strip() for process in running}
     assert len(folders) == 1
     assert digests(folders.pop()) == digests(prepare_demo("demo:tiny-llama"))
 

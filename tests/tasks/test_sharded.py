@@ -26,7 +26,7 @@ def _train(folder: Path, *settings: str) -> dict:
         cwd=folder.parent,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=500,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
