@@ -38,7 +38,7 @@ def test_all_stop_at_one_step_and_go_on_exactly(run, whole, send):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_dies_ends_the_other(run, rank):
     """The limit of the process group is the strategy's; the loss of a connection is seen at once."""
-    died = run(devices=2, limit=20, send=[(rank, 4, KILL, 1)])
+    died = run(devices=2, limit=120, send=[(rank, 4, KILL, 1)])
     statuses = [died.status, *died.others]
     assert statuses[rank] == -KILL
     assert statuses[1 - rank] not in (0, -KILL), died.said
@@ -48,4 +48,4 @@ def test_a_process_that_hangs_ends_the_other_at_the_limit(run):
     began = time.monotonic()
     died = run(devices=2, limit=3, send=[(1, 4, STOP, 1)], release=1)
     assert died.status not in (0, -KILL), died.said
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 300
