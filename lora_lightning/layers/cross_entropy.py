@@ -106,9 +106,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        head, targets_K, ctx.how = _Head(*inputs[:5]), inputs[5], inputs[6:]
+        head, (targets_K, ctx.scoring, ctx.rows) = _Head(*inputs[:5]), inputs[5:]
         needs = ctx.needs_input_grad[:5]
-        losses_K, gradients = _walk(head, targets_K, *ctx.how, needs)
+        losses_K, gradients = _walk(head, targets_K, ctx.scoring, ctx.rows, needs)
         ctx.trains = any((needs[1], needs[2], needs[4]))
         ctx.save_for_backward(*gradients, *((*head, targets_K) if ctx.trains else ()))
         return losses_K
@@ -126,7 +126,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if constant is None:
                 head, targets_K = _Head(*rest[:5]), rest[5]
                 needs = (False, *ctx.needs_input_grad[1:3], False, ctx.needs_input_grad[4])
-                _, sums = _walk(head, targets_K, *ctx.how, needs, weights_K)
+                _, sums = _walk(head, targets_K, ctx.scoring, ctx.rows, needs, weights_K)
                 _, dweight_VD, dbias_V, _, db_VR = sums
             else:
                 dweight_VD, dbias_V, db_VR = (
