@@ -133,9 +133,10 @@ def disturb(kills: int, place: Path, chance: random.Random) -> dict[str, int | f
     usual = time.monotonic() - began
     expected = torch.load(whole / "final.pt", weights_only=True)
     run, damaged = place / "run", set[Path]()
-    while count["kills"] < kills or run.exists():
+    while count["kills"] < kills or run.exists() or not count["runs"]:
         before = _newest(run, damaged, count) if run.exists() else None
-        if before is not None and chance.random() < 0.15:
+        overdue = not count["damaged"] and count["kills"] >= kills // 2  # how often luck strikes hangs on the machine
+        if before is not None and (chance.random() < 0.15 or overdue):
             _damage(before, chance)
             damaged.add(before)
             count["damaged"] += 1
