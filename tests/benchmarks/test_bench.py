@@ -145,7 +145,7 @@ def test_gpu_script_needs_only_torch_and_transformers_and_leaves_what_it_has(tmp
 
 def test_gpu_script_begins_no_row_when_the_time_is_up(tmp_path):
     out = tmp_path / "cuda.json"
-    command = [sys.executable, "benchmarks/cuda.py", "--device", "cpu", "--quick", "--minutes", "0", "--out", str(out)]
+    command = [sys.executable, "benchmarks/on_cuda.py", "--device", "cpu", "--quick", "--minutes", "0", "--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     told = json.loads(out.read_text(encoding="utf-8"))

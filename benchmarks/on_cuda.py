@@ -1,7 +1,7 @@
 """LoRA steps on one GPU, in half precision: ours, PEFT as shipped and tuned, Liger, Unsloth, the frozen floor.
 
-    python benchmarks/cuda.py --minutes 6 --out cuda.json        # needs torch and transformers; peft for PEFT's rows
-    python benchmarks/cuda.py --device cpu --quick               # tries the script itself, in seconds
+    python benchmarks/on_cuda.py --minutes 6 --out cuda.json        # needs torch and transformers; peft for PEFT's rows
+    python benchmarks/on_cuda.py --device cpu --quick               # tries the script itself, in seconds
 
 The important rows come first; each is printed and written as soon as it is there, so that a run that is cut off leaves
 what it has. Copied to ``benchmarks/results/cuda.json``, the file fills docs/performance.md.
