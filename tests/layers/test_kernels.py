@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from lora_lightning.layers.dropout import add_product, draw, without
 from lora_lightning.layers.functional import Adapted, lora_linears
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCES = {
     torch.float32: {"rtol": 1e-5, "atol": 1e-5},
