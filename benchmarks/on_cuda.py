@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Not the folder of this file: it would take the place of NVIDIA's package, which is called cuda as well.
+# The repository in the place of this folder, so that the package is found without being installed.
 sys.path[:] = [str(ROOT), *(place for place in sys.path if Path(place).resolve() != ROOT / "benchmarks")]
 
 import argparse
