@@ -52,7 +52,7 @@ def differing(named: Mapping[str, Tensor], group: dist.ProcessGroup | None = Non
     ranks = dist.get_process_group_ranks(group)
     comparable = {name: t for name, tensor in named.items() if (t := _own(tensor, ranks)) is not None}
     sums = [digest(tensor) for tensor in comparable.values()]
-    mine = (list(comparable), torch.stack([s.cpu() for s in sums]).tolist() if sums else [])
+    mine = (list(comparable), _numbers(sums))
     everyone = of_all_ranks(mine, group)
     for rank, (names, _) in zip(ranks, everyone, strict=True):
         if names != everyone[0][0]:
@@ -68,6 +68,15 @@ def differing(named: Mapping[str, Tensor], group: dist.ProcessGroup | None = Non
         if odd_ones := [rank for rank, (_, s) in zip(ranks, everyone, strict=True) if s[position] != first]:
             found[name] = odd_ones
     return found
+
+
+def _numbers(sums: list[Tensor]) -> list[int]:
+    """Scalars as numbers, fetched from each device at once."""
+    found = dict.fromkeys(range(len(sums)), 0)
+    for device in {s.device for s in sums}:
+        places = [place for place, s in enumerate(sums) if s.device == device]
+        found.update(zip(places, torch.stack([sums[place] for place in places]).tolist(), strict=True))
+    return list(found.values())
 
 
 def assert_equal_across_ranks(named: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> None:

@@ -14,14 +14,13 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.fabric.utilities.data import _set_sampler_epoch, sized_len
 from torch.utils.data import DataLoader, IterableDataset
 
 from lora_lightning.strategies import rng
 from lora_lightning.strategies.dealing import dealt, dealt_anew
 from lora_lightning.strategies.generators import Stream, generators_of, restore_generators
-from lora_lightning.strategies.ranks import of_all_ranks
+from lora_lightning.strategies.ranks import first_with_same_rows, of_all_ranks
 from lora_lightning.strategies.skipping import Numbers, Skipping
 
 
@@ -106,8 +105,9 @@ class Positioned:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next iteration begin at a position; that of another process where there were fewer of them."""
         everyone = state["processes"]
-        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        self.position.at = dealt_anew(everyone[rank % len(everyone)], cast("DataLoader", self), self.position.trainer)
+        trainer = self.position.trainer
+        rank = first_with_same_rows(None if trainer is None else trainer.strategy)
+        self.position.at = dealt_anew(everyone[rank % len(everyone)], cast("DataLoader", self), trainer)
 
     def _plain_iterator(self) -> Iterator[Any]:
         return super().__iter__()  # type: ignore[misc]

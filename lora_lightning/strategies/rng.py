@@ -48,7 +48,7 @@ def gather() -> list[dict[str, Any]]:
     return of_all_ranks(capture())
 
 
-def of_this_rank(states: list[dict[str, Any]] | None) -> dict[str, Any] | None:
-    """This rank's states, or None where the checkpoint comes from another number of processes."""
-    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_available() and dist.is_initialized() else (1, 0)
+def of_rank(states: list[dict[str, Any]] | None, rank: int) -> dict[str, Any] | None:
+    """A rank's states, or None where the checkpoint comes from another number of processes."""
+    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     return states[rank] if states and len(states) == world else None

@@ -28,6 +28,7 @@ from lora_lightning.strategies.equal import assert_equal_across_ranks
 from lora_lightning.strategies.files import use_atomic_io
 from lora_lightning.strategies.nonfinite import Watch
 from lora_lightning.strategies.primitives import keep_primitives
+from lora_lightning.strategies.ranks import first_with_same_rows
 from lora_lightning.strategies.unfreezing import count_held, train_as_saved
 
 
@@ -184,7 +185,7 @@ class AdapterState:
         entries = entries_of(checkpoint, "the checkpoint")
         self._compare(entries)
         load_lora_state(self.module, checkpoint["state_dict"], "the checkpoint")
-        self.rng = rng.of_this_rank(checkpoint[CHECKPOINT_KEY].get("rng"))
+        self.rng = rng.of_rank(checkpoint[CHECKPOINT_KEY].get("rng"), first_with_same_rows(self.strategy))
         if self.module.trainer.state.fn == TrainerFn.FITTING and not self.strategy.lightning_restore_optimizer:
             self.load_optimizer_states(checkpoint)  # Lightning leaves it to such a strategy to ask for them
 
