@@ -88,6 +88,11 @@ def why_not(spec: Spec) -> str | None:
     return None
 
 
+def changes_all(spec: Spec) -> bool:
+    """Whether a contender changes transformers for whatever else its process runs."""
+    return spec.liger or spec.layer == "unsloth"
+
+
 def switch_on(name: str) -> None:
     """Set what `SWITCHES` has under a name, for this process.
 

@@ -1,32 +1,29 @@
 """LoRA steps on one GPU, in half precision: ours, PEFT as shipped and tuned, Liger, Unsloth, the frozen floor.
 
-    python benchmarks/on_cuda.py --minutes 6 --out cuda.json        # needs torch and transformers; peft for PEFT's rows
-    python benchmarks/on_cuda.py --device cpu --quick               # tries the script itself, in seconds
+    python benchmarks/cuda.py --minutes 6 --out cuda.json        # needs torch and transformers; peft for PEFT's rows
+    python benchmarks/cuda.py --device cpu --quick               # tries the script itself, in seconds
 
 The important rows come first; each is printed and written as soon as it is there, so that a run that is cut off leaves
 what it has. Copied to ``benchmarks/results/cuda.json``, the file fills docs/performance.md.
 Contenders take turns in one process over one copy of the base weights; memory is what torch's allocator holds at most
-for a contender by itself, the base included.
+for a contender by itself, the base included. Libraries that change transformers for the whole process (Liger, Unsloth)
+run in one of their own, after the others.
 """
-# ruff: noqa: E402 - the path comes before the imports
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
-# The repository in the place of this folder, so that the package is found without being installed.
-sys.path[:] = [str(ROOT), *(place for place in sys.path if Path(place).resolve() != ROOT / "benchmarks")]
 
 import argparse
 import gc
 import json
 import math
 import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +34,7 @@ from benchmarks.check import difference, reference_gradients
 from benchmarks.measure import MB, interleave, machine, profile, ratios, spread, timed
 from benchmarks.shapes import SHAPES, Batch, build_model, full_batch, to_device, twin
 
+SCRIPT = Path(__file__).with_name("cuda.py")
 SHIPPED, TUNED, OURS, OURS_PLAIN, FLOOR = "PEFT as shipped", "PEFT tuned", "ours", "ours, no dropout", "floor"
 # (numerator, denominator): the ratio that is told. Targets stand beside those of the main row only.
 PAIRS = [(OURS, SHIPPED), (OURS, TUNED), (OURS_PLAIN, FLOOR), (OURS, FLOOR), (OURS, "Liger + PEFT")]
@@ -110,6 +108,8 @@ class Bench:
     deadline: float
     layers_8b: int | None
     out: Path | None
+    alone: str | None = None
+    """The only contender, in a process that it has for itself."""
     told: dict[str, Any] = field(default_factory=dict)
     base: nn.Module | None = None
     base_of: Any = None
@@ -158,6 +158,8 @@ class Bench:
         built: dict[str, c.Contender] = {}
         told: dict[str, dict[str, Any]] = {}
         for name, spec in row.contenders.items():
+            if not self.alone and c.changes_all(spec):
+                continue  # later, in a process of its own
             told[name] = self._try(lambda spec=spec, name=name: self._build(spec, name, base, batch, built))
         result = {"title": row.title, "shape": row.shape, "tokens": batch["input_ids"].numel(), "contenders": told}
         try:
@@ -169,7 +171,42 @@ class Bench:
         finally:
             built.clear()
             self.clear()
+        if not self.alone:
+            for name, spec in row.contenders.items():
+                if c.changes_all(spec):
+                    told[name] = {"not_run": c.why_not(spec)} if c.why_not(spec) else self._apart(row, name)
+            self._compare_apart(row, told, result)
         return result
+
+    def _apart(self, row: Row, name: str) -> dict[str, Any]:
+        """A contender that changes the libraries of its process, measured in a process of its own."""
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "alone.json"
+            command = [sys.executable, str(SCRIPT), "--alone", name, "--only", row.title, "--out", str(out)]
+            command += ["--rounds", str(self.rounds), "--device", self.device, *(["--quick"] if self.quick else [])]
+            ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+            if not out.exists():
+                return {"not_run": ended.stderr.strip().splitlines()[-1][:200] if ended.stderr.strip() else "it ended"}
+            told = json.loads(out.read_text(encoding="utf-8"))["rows"][0]["contenders"]
+            return next(iter(told.values()))
+
+    def _compare_apart(self, row: Row, told: dict[str, dict[str, Any]], result: dict[str, Any]) -> None:
+        for of, against in PAIRS:
+            if against in told and "seconds" in told.get(of, {}) and "seconds" in told[against]:
+                if not c.changes_all(row.contenders[against]):
+                    continue
+                ratio = told[of]["seconds"]["median"] / told[against]["seconds"]["median"]
+                time_ratio = {"median": ratio, "low": ratio, "high": ratio, "n": told[of]["seconds"]["n"]}
+                result.setdefault("ratios", []).append(
+                    {
+                        "of": of,
+                        "against": against,
+                        "time": time_ratio,
+                        "time_target": None,
+                        "memory": _memory_ratio(told, of, against),
+                        "memory_target": None,
+                    }
+                )
 
     def tried(self, row: Row) -> dict[str, Any]:
         """Measure one row; what breaks it is told in its place, and the base is made anew for the next."""
@@ -243,7 +280,7 @@ class Bench:
             base = build_model(shape, device=self.device, dtype=dtype)
             batch = to_device(full_batch(base.config.vocab_size, 2, 48, supervised=0.5), self.device)
             for name, spec in specs.items():
-                if spec.layer in ("none", "unsloth") or c.why_not(spec):
+                if spec.layer == "none" or c.changes_all(spec) or c.why_not(spec):
                     continue
                 kind = {"contender": name, "dtype": str(dtype).removeprefix("torch.")}
                 told = self._try(lambda spec=spec, base=base, batch=batch: self._error_of(spec, base, batch))
@@ -299,6 +336,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file, written anew after each row")
     parser.add_argument("--only", nargs="+", help="rows whose title has one of these in it")
     parser.add_argument("--layers-8b", type=int, help="so many layers of the 8B shape, where all do not fit")
+    parser.add_argument("--alone", help="one contender, without checks: how the script calls itself")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="a tiny model in place of each")
     args = parser.parse_args()
@@ -308,12 +346,17 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False  # the check in float32 is to be one; half precision has no TF32
     rounds = 2 if args.quick else args.rounds
     deadline = time.monotonic() + 60 * args.minutes
-    bench = Bench(args.device, args.quick, rounds, deadline, args.layers_8b, args.out)
+    bench = Bench(args.device, args.quick, rounds, deadline, args.layers_8b, args.out, args.alone)
     bench.told = {"machine": machine(), "minutes": args.minutes, "rows": []}
-    right = bench.check()
+    right = args.alone is not None or bench.check()
     bench.write()
     for row in ROWS:
-        if args.only and not any(word in row.title for word in args.only):
+        if args.alone:
+            row = replace(
+                row, contenders={args.alone: row.contenders[args.alone]} if args.alone in row.contenders else {}
+            )
+        titled = args.only is None or any(word == row.title if args.alone else word in row.title for word in args.only)
+        if not titled:
             continue
         if bench.left() < 5:
             print(f"not begun, the time is up: {row.title}", flush=True)
@@ -326,7 +369,3 @@ def main() -> None:
         bench.write()
     if not right:
         sys.exit("Gradients are not those of float64: see the checks above.")
-
-
-if __name__ == "__main__":
-    main()

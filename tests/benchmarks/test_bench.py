@@ -123,7 +123,7 @@ assert not GONE & set(sys.modules), GONE & set(sys.modules)
 
 def test_gpu_script_needs_only_torch_and_transformers_and_leaves_what_it_has(tmp_path):
     out = tmp_path / "cuda.json"
-    script = str(ROOT / "benchmarks" / "on_cuda.py")
+    script = str(ROOT / "benchmarks" / "cuda.py")
     arguments = ["--device", "cpu", "--quick", "--only", "1B, 4×2048, r=16", "profiles", "--out", str(out)]
     done = subprocess.run(
         [sys.executable, "-c", BARE, script, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
@@ -145,7 +145,7 @@ def test_gpu_script_begins_no_row_when_the_time_is_up(tmp_path):
     out = tmp_path / "cuda.json"
     command = [
         sys.executable,
-        "benchmarks/on_cuda.py",
+        "benchmarks/cuda.py",
         "--device",
         "cpu",
         "--quick",
@@ -159,3 +159,11 @@ def test_gpu_script_begins_no_row_when_the_time_is_up(tmp_path):
     told = json.loads(out.read_text(encoding="utf-8"))
     assert not told["rows"]
     assert len(told["not_begun"]) > 10
+
+
+def test_gpu_script_does_not_stand_before_the_package_of_its_name(tmp_path):
+    (tmp_path / "cuda").mkdir()
+    (tmp_path / "cuda" / "__init__.py").write_text("THEIRS = True\n", encoding="utf-8")
+    code = f"import sys; sys.path[:0] = [{str(ROOT / 'benchmarks')!r}, {str(tmp_path)!r}]; import cuda; cuda.THEIRS"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
