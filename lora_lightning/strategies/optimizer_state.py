@@ -13,7 +13,7 @@ from lora_lightning.errors import AdapterError
 from lora_lightning.injection.names import canonical
 from lora_lightning.injection.tensors import spread_like
 
-_HOW_TO_STEP = ("foreach", "fused", "capturable", "differentiable")  # which belongs to a device, not to a training
+HOW_TO_STEP = ("foreach", "fused", "capturable", "differentiable")  # which belongs to a device, not to a training
 _OF_GROUPS = ("lrs", "_last_lr", "lr_lambdas", "momentums")  # ends of names of what schedulers keep of every group
 
 
@@ -86,7 +86,7 @@ def _load(optimizer: Optimizer, saved: Mapping[str, Any], module: nn.Module, whi
         if name in saved["state"]
     }
     settings = [
-        {**settings_of(there), **{key: here[key] for key in ("params", "param_names", *_HOW_TO_STEP) if key in here}}
+        {**settings_of(there), **{key: here[key] for key in ("params", "param_names", *HOW_TO_STEP) if key in here}}
         for here, there in pairs
     ]
     optimizer.load_state_dict({"state": state, "param_groups": settings})

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.errors import AdapterError
-from lora_lightning.strategies.optimizer_state import settings_of
+from lora_lightning.strategies.optimizer_state import HOW_TO_STEP, settings_of
 
 _LOSS_SCALER = "loss_scaler"
 
@@ -122,7 +122,7 @@ def load_named_state(zero: Any, saved: Mapping[str, Any], named: Mapping[str, nn
             for key in (key for key, spread in shapes.items() if spread):
                 safe_set_full_optimizer_state(parameter, values[names[id(parameter)]][key].to(flat.device), key)
     for (_, group), settings in zip(groups, before, strict=True):
-        group.update(settings_of(settings))
+        group.update({key: value for key, value in settings_of(settings).items() if key not in HOW_TO_STEP})
     vars(zero.loss_scaler).update(saved.get(_LOSS_SCALER, {}))
 
 
