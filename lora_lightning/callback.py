@@ -261,7 +261,7 @@ class LoraCallback(pl.Callback):
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Note the loss, which may be infinite with gradients that are not."""
         if self is _callbacks(trainer)[0]:
-            _state_of(trainer).watch.note(loss, getattr(trainer.precision_plugin, "scaler", None))
+            _state_of(trainer).watch.note(loss, trainer)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -275,17 +275,8 @@ class LoraCallback(pl.Callback):
         state.synchronise(optimizer)
         for callback in callbacks:
             callback._look_at_first_step(state, optimizer, pl_module)
-        problem = state.watch.problem(state, optimizer, getattr(trainer.precision_plugin, "scaler", None))
-        if problem is None:
-            return
-        where = f"step {trainer.global_step}{problem}"
-        if any(callback.on_nonfinite == "stop" for callback in callbacks):
-            raise NonFiniteError(
-                f"{where}. The adapter is as it was before this step. Lower the learning rate or the scale, or set "
-                "on_nonfinite='skip' to pass over such steps"
-            )
-        rank_zero_warn(f"{where}; the step is skipped")
-        state.skip(optimizer)
+        skip = all(callback.on_nonfinite == "skip" for callback in callbacks)
+        state.watch.stop_or_skip(state, optimizer, trainer, skip=skip)
 
     def _look_at_first_step(self, state: AdapterState, optimizer: Optimizer, pl_module: pl.LightningModule) -> None:
         named = state.stepped(optimizer, lora_parameters(self._target(pl_module))) if self._first_step else {}

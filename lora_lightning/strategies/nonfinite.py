@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -31,16 +33,36 @@ class Watch:
     def __init__(self) -> None:
         self._loss: Tensor | None = None
 
-    def note(self, loss: Tensor, scaler: Any) -> None:
+    def note(self, loss: Tensor, trainer: pl.Trainer) -> None:
         """Note a loss before its backward pass; of several before one step, the first that is not finite counts."""
         value = loss.detach()
-        if _is_on(scaler) and value.dtype is torch.float16:  # multiplied by the scale, and that may be too large
+        if (
+            _scaler(trainer) is not None and value.dtype is torch.float16
+        ):  # multiplied by the scale, and that may be too large
             value = torch.where(value.isinf(), torch.zeros_like(value), value)
         value = value.float()
         self._loss = value if self._loss is None else torch.where(self._loss.isfinite(), value, self._loss)
 
-    def problem(self, state: AdapterState, optimizer: Optimizer, scaler: Any) -> str | None:
-        """What is not finite, and where, or None. The same on every process; call it on all of them.
+    def stop_or_skip(self, state: AdapterState, optimizer: Optimizer, trainer: pl.Trainer, *, skip: bool) -> None:
+        """Leave a step alone that is finite on all processes; else raise on all of them, or let it change nothing.
+
+        Raises:
+            NonFiniteError: With step, loss and the first parameter, unless the step is to be skipped.
+        """
+        problem = self._problem(state, optimizer, _scaler(trainer))
+        if problem is None:
+            return
+        where = f"step {trainer.global_step}{problem}"
+        if not skip:
+            raise NonFiniteError(
+                f"{where}. The adapter is as it was before this step. Lower the learning rate or the scale, or set "
+                "on_nonfinite='skip' to pass over such steps"
+            )
+        rank_zero_warn(f"{where}; the step is skipped")
+        state.skip(optimizer)
+
+    def _problem(self, state: AdapterState, optimizer: Optimizer, scaler: Any) -> str | None:
+        """What is not finite, and where, or None.
 
         A loss scaler passes over gradients that are not finite by itself, and lowers its scale. That is an error all
         the same where the loss is not finite, and where the scale is below 1 already.
@@ -50,7 +72,7 @@ class Watch:
         sound = torch.ones((), dtype=torch.bool, device=device)
         if loss is not None:
             sound = sound & loss.isfinite().all().to(device)
-        if not _is_on(scaler) or scaler.get_scale() < 1:
+        if scaler is None or scaler.get_scale() < 1:
             sound = sound & state.are_finite(optimizer).to(device)
         if _agreed(sound):
             return None
@@ -86,5 +108,7 @@ def _finite(value: float | None) -> bool:
     return value is None or abs(value) < float("inf")
 
 
-def _is_on(scaler: Any) -> bool:
-    return scaler is not None and scaler.is_enabled()
+def _scaler(trainer: pl.Trainer) -> Any:
+    """The loss scaler that is in use, or None."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler if scaler is not None and scaler.is_enabled() else None

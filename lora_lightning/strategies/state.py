@@ -65,7 +65,7 @@ class AdapterState:
         Args:
             entries: Gives, at each save, what the checkpoint is to say of each adapter.
         """
-        self.entries, self.rng = entries, None
+        self.entries, self.rng, self.watch = entries, None, Watch()
         use_atomic_io(self.strategy)
         ways: dict[str, Callable[..., Any]] = {
             "lightning_module_state_dict": self.model_state,
