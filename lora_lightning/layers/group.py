@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_lightning.layers.functional import PLAIN, transformed
-
-if TYPE_CHECKING:
-    from lora_lightning.layers.dora import DoraLinear
-    from lora_lightning.layers.linear import LoraLinear
 
 
 class LoraGroup:
@@ -23,14 +19,14 @@ class LoraGroup:
     computes for itself alone.
 
     Args:
-        members: In the order in which the parent calls them.
+        members: `LoraLinear` or `DoraLinear` layers, in the order in which the parent calls them.
     """
 
-    def __init__(self, members: Sequence[LoraLinear | DoraLinear]) -> None:
+    def __init__(self, members: Sequence[Any]) -> None:
         self.members = tuple(members)
         self._waiting: tuple[Tensor, int, dict[int, Tensor]] | None = None
 
-    def output(self, layer: LoraLinear | DoraLinear, x: Tensor) -> Tensor:
+    def output(self, layer: Any, x: Tensor) -> Tensor:
         """The output of one member for ``x``: ``(..., in) -> (..., out)``."""
         if self._waiting is not None:
             known, version, outputs = self._waiting
@@ -50,7 +46,7 @@ class LoraGroup:
         return {"members": self.members, "_waiting": None}
 
 
-def at_once(layers: Sequence[LoraLinear | DoraLinear]) -> bool:
+def at_once(layers: Sequence[Any]) -> bool:
     """Whether layers may be computed before (or without) being called: nothing about them would notice the difference.
 
     Not so where a hook may change an input, dropouts differ, one is switched off, or an engine brings the parameters
