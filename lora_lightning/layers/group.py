@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Hashable, Sequence
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -23,27 +25,43 @@ class LoraGroup:
     """
 
     def __init__(self, members: Sequence[Any]) -> None:
-        self.members = tuple(members)
-        self._waiting: tuple[Tensor, int, dict[int, Tensor]] | None = None
+        # Weak: layers hold their group, and a circle would keep a model that is let go until it is collected.
+        self._members = tuple(map(weakref.ref, members))
+        self._waiting: tuple[Tensor, dict[int, tuple[Hashable, Tensor]]] | None = None
+
+    @property
+    def members(self) -> tuple[Any, ...]:
+        """Those that are still there, in the order in which the parent calls them."""
+        return tuple(member for each in self._members if (member := each()) is not None)
 
     def output(self, layer: Any, x: Tensor) -> Tensor:
         """The output of one member for ``x``: ``(..., in) -> (..., out)``."""
-        if self._waiting is not None:
-            known, version, outputs = self._waiting
-            if known is x and version == _version(x) and id(layer) in outputs:
-                out = outputs.pop(id(layer))
-                if not outputs:
-                    self._waiting = None
-                return out
-        if layer is not self.members[0] or not at_once(self.members):
+        members = self.members
+        if layer is not members[0]:
+            out = self._take(layer, x)
+            return layer.lora_together(x, [layer])[0] if out is None else out
+        self._waiting = None  # what was not taken after the call before
+        if len(members) == 1 or not at_once(members) or x.is_inference():  # inference mode does not count changes of x
             return layer.lora_together(x, [layer])[0]
-        first, *others = layer.lora_together(x, self.members)
-        outputs = {id(member): out for member, out in zip(self.members[1:], others, strict=True)}
-        self._waiting = (x, _version(x), outputs)
+        first, *others = layer.lora_together(x, members)
+        waiting = zip(members[1:], others, strict=True)
+        self._waiting = (x, {id(member): (_moment(member, x), out) for member, out in waiting})
         return first
 
+    def _take(self, layer: Any, x: Tensor) -> Tensor | None:
+        known, outputs = self._waiting or (None, {})
+        if known is not x or outputs.get(id(layer), (None,))[0] != _moment(layer, x):
+            return None
+        out = outputs.pop(id(layer))[1]
+        if not outputs:
+            self._waiting = None
+        return out
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"members": self.members, "_waiting": None}
+        return {"members": self.members}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        LoraGroup.__init__(self, state["members"])
 
 
 def at_once(layers: Sequence[Any]) -> bool:
@@ -52,7 +70,7 @@ def at_once(layers: Sequence[Any]) -> bool:
     Not so where a hook may change an input, dropouts differ, one is switched off, or an engine brings the parameters
     only while a layer is being called.
     """
-    if torch.compiler.is_compiling() or transformed():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed():
         return False
     dropout, device = layers[0]._active_dropout, layers[0].weight.device
     return all(
@@ -76,5 +94,8 @@ def dissolve(layer: nn.Module) -> None:
         vars(member).pop("lora_group", None)
 
 
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
+def _moment(layer: Any, x: Tensor) -> Hashable:
+    """What has to be as it was, for an output computed beforehand to be that of the call."""
+    tensors = (x, layer.weight, layer.lora_A, layer.lora_B)
+    versions = tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+    return versions, layer._active_dropout, torch.is_grad_enabled(), get_ident()
