@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from lora_lightning.adapters.files import atomic_folder
 from lora_lightning.adapters.written import first_process_writes
 from lora_lightning.errors import AdapterError, LoraConfigError
 from lora_lightning.injection.state import injected_roots, record_of
-from lora_lightning.injection.tensors import whole
 from lora_lightning.optim.clip import clip_by_norm, clip_by_value
+from lora_lightning.strategies.gathering import whole_together
 from lora_lightning.strategies.ranks import of_all_ranks
 from lora_lightning.strategies.state import AdapterState
 
@@ -59,12 +59,12 @@ class ShardedState(AdapterState):
         """Whether checkpoints are written in distributed form."""
         return False
 
-    def part(self, tensor: Tensor) -> Tensor | None:
-        """In distributed form the tensor as it is; else the first process gets it whole, on the CPU."""
+    def parts(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+        """In distributed form the tensors as they are; else the first process gets them whole, on the CPU."""
         if self.distributed:
-            return tensor
-        value = whole(tensor)  # all processes take part, one tensor at a time
-        return value.cpu() if self.strategy.is_global_zero else None
+            return list(tensors)
+        first = self.strategy.is_global_zero  # all processes take part, and the others forget one after the other
+        return [value.cpu() if first else None for value in whole_together(tensors)]
 
     def write(self, checkpoint: dict[str, Any], path: Path, storage_options: Any | None) -> None:
         """A folder from every process, or a file from the first.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import Strategy
@@ -20,16 +20,18 @@ from lora_lightning.adapters.written import failing_together
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import AdapterError
 from lora_lightning.injection.state import injected_roots, load_lora_state, lora_parameters, lora_state_dict
-from lora_lightning.injection.tensors import whole
 from lora_lightning.optim import gradients
 from lora_lightning.strategies import optimizer_state as by_name
 from lora_lightning.strategies import rng
 from lora_lightning.strategies.equal import assert_equal_across_ranks
 from lora_lightning.strategies.files import use_atomic_io
+from lora_lightning.strategies.gathering import whole_together
 from lora_lightning.strategies.nonfinite import Watch
 from lora_lightning.strategies.primitives import keep_primitives
 from lora_lightning.strategies.ranks import first_with_same_rows
 from lora_lightning.strategies.unfreezing import count_held, train_as_saved
+
+K = TypeVar("K", bound=Hashable)
 
 
 class AdapterState:
@@ -119,9 +121,9 @@ class AdapterState:
             for parameter in group["params"]:
                 parameter.grad = None
 
-    def part(self, tensor: Tensor) -> Tensor | None:
-        """What a checkpoint gets of a tensor: the tensor itself, not a copy; None if another process gives it."""
-        return tensor
+    def parts(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+        """What a checkpoint gets of each tensor: the tensor itself, not a copy; None if another process gives it."""
+        return list(tensors)
 
     def write(self, checkpoint: dict[str, Any], path: Path, storage_options: Any | None) -> None:
         """Bring a finished checkpoint to disk; called on every process, and fails on all of them or on none."""
@@ -136,15 +138,17 @@ class AdapterState:
 
     def whole_state(self) -> dict[str, Tensor]:
         """The same with every tensor whole, on every process; call it on all of them."""
-        return {name: whole(value) for name, value in lora_state_dict(self.module).items()}
+        state = lora_state_dict(self.module)
+        return dict(zip(state, whole_together(list(state.values())), strict=True))
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """An optimizer's state by the names of its parameters."""
         state = by_name.named_state(optimizer, self.module)
-        return {
-            "state": {name: self._parts(values) for name, values in state["state"].items()},
-            "param_groups": state["param_groups"],
-        }
+        flat = {(name, key): value for name, values in state["state"].items() for key, value in values.items()}
+        parts: dict[str, dict[str, Any]] = {name: {} for name in state["state"]}
+        for (name, key), value in self._parts(flat).items():
+            parts[name][key] = value
+        return {"state": parts, "param_groups": state["param_groups"]}
 
     def save(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write a checkpoint with what it says of its adapters, every rank's random state, and primitives only.
@@ -163,9 +167,11 @@ class AdapterState:
         # Processes may name it differently (a clock in its name); the first one's name counts.
         self.write(checkpoint, self.strategy.broadcast(filepath), storage_options)
 
-    def _parts(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        parts = {key: self.part(value) if isinstance(value, Tensor) else value for key, value in values.items()}
-        return {key: value for key, value in parts.items() if value is not None}
+    def _parts(self, values: Mapping[K, Any]) -> dict[K, Any]:
+        tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
+        parts = dict(zip(tensors, self.parts(list(tensors.values())), strict=True))
+        found = {key: parts.get(key, value) for key, value in values.items()}
+        return {key: value for key, value in found.items() if value is not None}
 
     # ---- what is loaded
 
