@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
+BEFORE = list(sys.path)
 sys.path[:] = [place for place in sys.path if Path(place).resolve() != FOLDER]
 
 if __name__ == "__main__":
@@ -18,4 +19,7 @@ if __name__ == "__main__":
     main()
 elif __name__ == "cuda":  # a script beside this one is running, and someone asks for NVIDIA's package of that name
     del sys.modules["cuda"]
-    sys.modules["cuda"] = importlib.import_module("cuda")
+    try:
+        sys.modules["cuda"] = importlib.import_module("cuda")
+    finally:
+        sys.path[:] = BEFORE  # the scripts beside this one import one another
