@@ -10,10 +10,12 @@ import inspect
 import textwrap
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any, cast
+from types import FunctionType
+from typing import Any
+
+import torch
 
 
-@cache
 def called_on_one_input(kind: type) -> tuple[tuple[str, ...], ...]:
     """Names of the parts that a forward calls, always and in this order, on one and the same variable.
 
@@ -24,7 +26,13 @@ def called_on_one_input(kind: type) -> tuple[tuple[str, ...], ...]:
     >>> called_on_one_input(Attention)  # doctest: +SKIP
     (('q', 'k'),)
     """
-    forward = _forward(kind)
+    function = _function(kind)
+    return () if function is None else _called_on_one_input(inspect.unwrap(function))
+
+
+@cache
+def _called_on_one_input(function: Callable) -> tuple[tuple[str, ...], ...]:
+    forward = _source(function)
     if forward is None:
         return ()
     times: dict[str, int] = {}  # how often a variable has been given a value
@@ -42,18 +50,32 @@ def called_on_one_input(kind: type) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(parts) for parts in found.values() if len(parts) > 1 and len(set(parts)) == len(parts))
 
 
-@cache
 def is_formula(written: Callable, formula: str) -> bool:
     """Whether a function (of a class: its forward) is, but for the names of variables, the one given as text."""
-    forward = _forward(written)
+    function = _function(written)
+    return function is not None and _is_formula(function, formula)
+
+
+# Kept by function and not by class, which may be given another forward.
+@cache
+def _is_formula(function: FunctionType, formula: str) -> bool:
+    if hasattr(function, "__wrapped__"):  # what is around it is not in the text
+        return False
+    if function.__globals__.get("torch", torch) is not torch:
+        return False
+    forward = _source(function)
     return forward is not None and _nameless(forward) == _nameless(_parse(formula))
 
 
-def _forward(written: Any) -> ast.FunctionDef | None:
+def _function(written: Any) -> FunctionType | None:
     function = getattr(written, "forward", None) if isinstance(written, type) else written
+    return function if isinstance(function, FunctionType) else None
+
+
+def _source(function: Callable) -> ast.FunctionDef | None:
     try:
-        return _parse(inspect.getsource(inspect.unwrap(cast("Callable", function))))
-    except (OSError, TypeError, SyntaxError):  # written in C, typed in by hand, shipped without its source
+        return _parse(inspect.getsource(function))
+    except (OSError, TypeError, SyntaxError):  # typed in by hand, shipped without its source
         return None
 
 
@@ -91,8 +113,9 @@ def _nameless(forward: ast.FunctionDef | None) -> str:
             name == returned
         ):
             body = [*body[:-2], ast.Return(value=value)]
-    numbers: dict[str, str] = {argument.arg: f"v{place}" for place, argument in enumerate(forward.args.args)}
+    # No name in a source begins with a digit, so none is taken for one of these.
+    numbers: dict[str, str] = {argument.arg: f"{place}v" for place, argument in enumerate(forward.args.args)}
     for node in (node for statement in body for node in ast.walk(statement)):
         if isinstance(node, ast.Name) and (node.id in numbers or isinstance(node.ctx, ast.Store)):
-            node.id = numbers.setdefault(node.id, f"v{len(numbers)}")
+            node.id = numbers.setdefault(node.id, f"{len(numbers)}v")
     return "\n".join(ast.unparse(statement) for statement in body)

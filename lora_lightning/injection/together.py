@@ -7,7 +7,6 @@ Which ones fit is read in the source of their class. The results are those of ea
 from __future__ import annotations
 
 from collections import Counter
-from functools import cache
 from types import FunctionType
 
 from torch import nn
@@ -96,7 +95,6 @@ def _norm_over(module: nn.Module, kind: type) -> type[LoraNorm] | None:
     return None
 
 
-@cache
 def _rotates(kind: type) -> bool:
     forward = getattr(kind, "forward", None)
     if not isinstance(forward, FunctionType) or rotary.NAME not in forward.__code__.co_names:
@@ -108,4 +106,5 @@ def _rotates(kind: type) -> bool:
         and callable(half)
         and is_formula(rotation, rotary.FORMULA)
         and is_formula(half, rotary.HALF_FORMULA)
+        and rotary.original(forward) is rotation
     )

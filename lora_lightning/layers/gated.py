@@ -33,6 +33,7 @@ from lora_lightning.layers.functional import (
 )
 from lora_lightning.layers.group import at_once
 from lora_lightning.layers.linear import LoraLinear
+from lora_lightning.layers.made import replaced
 from lora_lightning.layers.written import kernels_for
 
 FORMULA = "def forward(self, x): return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
@@ -47,15 +48,19 @@ class LoraGated(nn.Module):
         up_proj: ``(..., d) -> (..., f)``.
         down_proj: ``(..., f) -> (..., d)``.
         act_fn: The activation.
+        lora_read: The forward of the class that was read.
     """
+
+    lora_read: Callable
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """``(..., d) -> (..., d)``."""
         layers = cast("tuple[LoraLinear, ...]", (self.gate_proj, self.up_proj, self.down_proj))
         activation = activation_of(cast("nn.Module", self.act_fn))
         plain = not kwargs and len(args) == 1 and type(args[0]) in PLAIN
-        if activation is None or not plain or not _unobserved(self, layers):
-            return super().forward(*args, **kwargs)
+        theirs = super().forward
+        if activation is None or not plain or not _unobserved(self, layers) or replaced(theirs, self.lora_read):
+            return theirs(*args, **kwargs)
         x, adapted = in_one_dtype(args[0], [layer.lora_tensors for layer in layers])
         tensors = [tensor for layer in adapted for tensor in layer[:4]]
         scalings = tuple(layer.scaling for layer in adapted)
@@ -66,6 +71,7 @@ def _unobserved(block: nn.Module, layers: tuple[LoraLinear, ...]) -> bool:
     act = cast("nn.Module", block.act_fn)
     return (
         all(type(layer).forward is LoraLinear.forward and not layer._forward_hooks for layer in layers)
+        and "forward" not in vars(act)
         and not (act._forward_hooks or act._forward_pre_hooks or act._backward_hooks or act._backward_pre_hooks)
         and not _has_any_global_hook()
         and at_once(layers)

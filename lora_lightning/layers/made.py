@@ -20,7 +20,8 @@ def made_class(over: type, plain: type[nn.Module]) -> type[nn.Module]:
     key = (over, plain)
     if key not in _MADE:
         name = f"Lora{plain.__name__}"
-        members = {"__module__": __name__, "__qualname__": name, "__reduce_ex__": _reduce}
+        read = staticmethod(plain.forward)  # what the class says now; someone may give it another forward later
+        members = {"__module__": __name__, "__qualname__": name, "__reduce_ex__": _reduce, "lora_read": read}
         _MADE[key] = declare(type(name, (over, plain), members), plain)
         _OVER[_MADE[key]] = over
     return _MADE[key]
@@ -35,6 +36,11 @@ def declare(changed: type[nn.Module], plain: type[nn.Module]) -> type[nn.Module]
 def plain_class(module: nn.Module) -> type[nn.Module] | None:
     """The class that a module had before it got one of ours; None if its class is not (or no longer) one of ours."""
     return _PLAIN_OF.get(type(module))
+
+
+def replaced(method: Any, read: Any) -> bool:
+    """Whether a class has been given another forward than the one it had when it was read."""
+    return getattr(method, "__func__", None) is not read
 
 
 _OVER: dict[type, type] = {}

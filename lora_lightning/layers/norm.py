@@ -5,6 +5,7 @@ Source: *Root Mean Square Layer Normalization*, arXiv 1910.07467, as the models 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lora_lightning.layers.functional import PLAIN, shaped, transformed
+from lora_lightning.layers.made import replaced
 from lora_lightning.layers.written import kernels_for
 
 _BODY = """def forward(self, x):
@@ -34,9 +36,12 @@ class LoraNorm(nn.Module):
     weight: Tensor
     variance_epsilon: float
     lora_rounds_last = False
+    lora_read: Callable
+    """The forward of the class that was read."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """``(..., d) -> (..., d)``."""
+        theirs = super().forward
         if (
             kwargs
             or len(args) != 1
@@ -47,8 +52,9 @@ class LoraNorm(nn.Module):
             or self.weight.requires_grad
             or torch.compiler.is_compiling()
             or transformed()
+            or replaced(theirs, self.lora_read)
         ):
-            return super().forward(*args, **kwargs)
+            return theirs(*args, **kwargs)
         return _Norm.apply(args[0], self.weight, self.variance_epsilon, self.lora_rounds_last)
 
 
@@ -80,7 +86,7 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
         x, weight, rho = ctx.saved_tensors
-        if rho.dim() == 1:
+        if rho.dim() < x.dim():  # the kernels'
             dy_flat = dy.reshape(-1, dy.shape[-1]).contiguous()
             kernels = cast("ModuleType", kernels_for(x))
             return kernels.norm_backward(dy_flat, x, weight, rho).view(dy.shape), None, None, None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lora_lightning.layers.functional import PLAIN, transformed
+from lora_lightning.layers.made import replaced
 from lora_lightning.layers.written import kernels_for
 
 NAME = "apply_rotary_pos_emb"
@@ -32,26 +33,46 @@ HALF_FORMULA = """def rotate_half(x):
 
 
 class LoraRotary(nn.Module):
-    """Attention whose forward is that of its class, but for the function that rotates queries and keys."""
+    """Attention whose forward is that of its class, but for the function that rotates queries and keys.
+
+    Attributes:
+        lora_read: The forward of the class that was read.
+    """
+
+    lora_read: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the class has it."""
         theirs: Any = super().forward
-        forward = theirs.__func__
+        if torch.compiler.is_compiling() or replaced(theirs, self.lora_read):
+            return theirs(*args, **kwargs)
+        forward = self.lora_read
         # Not where someone has put another function in the place of the one that was read.
-        if torch.compiler.is_compiling() or forward.__globals__[NAME] is not _original(forward):
+        if forward.__globals__[NAME] is not original(forward):
             return theirs(*args, **kwargs)
         return _with_rotation(forward)(self, *args, **kwargs)
 
 
 @cache
-def _original(forward: types.FunctionType) -> Callable:
+def original(forward: types.FunctionType) -> Callable:
+    """The function that a forward had for the rotation when it was first asked for, which is when it is read."""
     return forward.__globals__[NAME]
+
+
+class _Names(dict):
+    """Global names as another dict has them at each look, but for those that are given here."""
+
+    def __init__(self, others: dict[str, Any], **own: Any) -> None:
+        super().__init__(own, __builtins__=others["__builtins__"])  # looked up past __missing__
+        self.others = others
+
+    def __missing__(self, name: str) -> Any:
+        return self.others[name]
 
 
 @cache
 def _with_rotation(forward: types.FunctionType) -> Callable:
-    names = {**forward.__globals__, NAME: rotate}
+    names = _Names(forward.__globals__, **{NAME: rotate})
     own = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     own.__kwdefaults__ = forward.__kwdefaults__
     return own

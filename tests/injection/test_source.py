@@ -1,5 +1,7 @@
 """What the source of a forward says, for forwards that say it in many ways."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -118,3 +120,39 @@ def test_a_class_without_source_says_nothing():
     exec("class Typed(nn.Module):\n    def forward(self, x):\n        return self.q(x) + self.k(x)\n", scope)
     assert called_on_one_input(scope["Typed"]) == ()
     assert not is_formula(scope["Typed"], FORMULA)
+
+
+def _twice(forward):
+    @functools.wraps(forward)
+    def wrapped(self, x):
+        return 2 * forward(self, x)
+
+    return wrapped
+
+
+class Wrapped(nn.Module):
+    @_twice
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+v1 = 3
+
+
+class OfAnother(nn.Module):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(v1)) * self.up_proj(x))
+
+
+def test_what_is_around_a_formula_and_what_only_looks_like_its_variables_make_it_another():
+    assert not is_formula(Wrapped, FORMULA)
+    assert not is_formula(OfAnother, FORMULA)
+
+
+def test_a_class_that_is_given_another_forward_is_read_anew(monkeypatch):
+    assert is_formula(Named, FORMULA)
+    assert called_on_one_input(Plain) == (("q", "k", "v"),)
+    monkeypatch.setattr(Named, "forward", Scaled.forward)
+    monkeypatch.setattr(Plain, "forward", Conditional.forward)
+    assert not is_formula(Named, FORMULA)
+    assert called_on_one_input(Plain) == ()

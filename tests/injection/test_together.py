@@ -346,3 +346,83 @@ def test_outputs_may_be_written_into(part):
         results.append((y, *torch.autograd.grad(y.square().sum(), x)))
     for got, wanted in zip(*results, strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+def _replaced(model, monkeypatch, name, forward):
+    """A class of the model's modeling file is given another forward, as libraries of kernels do."""
+    from transformers.models.llama import modeling_llama
+
+    monkeypatch.setattr(getattr(modeling_llama, name), "forward", forward)
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize(("name", "part"), [("LlamaMLP", "mlp"), ("LlamaRMSNorm", "input_layernorm")])
+def test_a_class_that_is_given_another_forward_is_heeded(monkeypatch, before, name, part):
+    _model()  # read before
+    model = None if before else _model()
+    _replaced(model, monkeypatch, name, lambda self, x: x * 3)
+    model = model or _model()
+    x = torch.randn(2, 3, 32, requires_grad=True)
+    assert torch.equal(model.model.layers[0].get_submodule(part)(x), x * 3)
+
+
+def test_attention_that_is_given_another_forward_is_heeded(monkeypatch):
+    model = _model()
+    _replaced(model, monkeypatch, "LlamaAttention", lambda self, hidden_states, **_: (hidden_states * 3, None))
+    torch.testing.assert_close(model(_ids()).logits, _apart(model)(_ids()).logits)
+
+
+def test_global_names_put_in_the_place_of_those_that_attention_looks_up_are_used(monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    model = _model()
+    model(_ids())
+
+    class Nothing(dict):
+        def get_interface(self, *_):
+            raise ZeroDivisionError
+
+        __getitem__ = get_interface
+
+    monkeypatch.setattr(modeling_llama, "ALL_ATTENTION_FUNCTIONS", Nothing())
+    with pytest.raises(ZeroDivisionError):
+        model(_ids())
+
+
+def test_a_rotation_replaced_before_the_first_forward_is_used(monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    from lora_lightning.layers.rotary import original
+
+    original.cache_clear()
+    model = _model()
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, cos, sin: (q * 0, k))
+    torch.testing.assert_close(model(_ids()).logits, _apart(model)(_ids()).logits)
+
+
+def test_an_activation_whose_forward_is_replaced_is_used():
+    block = _model().model.layers[0].mlp
+    block.act_fn.forward = torch.zeros_like
+    assert not block(torch.randn(2, 3, 32)).any()
+
+
+@pytest.mark.parametrize("part", ["mlp", "input_layernorm", "self_attn.q_proj"])
+@pytest.mark.parametrize("shape", [(32,), (0, 32), (2, 0, 32), (1, 1, 1, 32)])
+def test_inputs_of_any_number_of_dimensions_and_none(part, shape):
+    model = _model(dropout=0.1).eval()
+    results = []
+    for one in (model, _apart(model)):
+        x = torch.ones(shape, requires_grad=True)
+        y = one.model.layers[0].get_submodule(part)(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), x)))
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_blocks_compile_whole():
+    torch._dynamo.reset()
+    model = _model()
+    expected = _gradients(_apart(model))
+    for layer in model.model.layers:
+        layer.compile(backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(_gradients(model), expected)
