@@ -12,10 +12,11 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from typing_extensions import Self
 
 from lora_lightning.layers.base import LoraLayer
 from lora_lightning.layers.dora_functional import Scaled, dora_linears, ratio
-from lora_lightning.layers.dora_norm import adapted_norms, beside, remembered
+from lora_lightning.layers.dora_norm import adapted_norms, beside, forget, remembered
 from lora_lightning.layers.embedding import LoraOverEmbedding
 from lora_lightning.layers.functional import Adapted
 from lora_lightning.layers.group import LoraGroup
@@ -63,7 +64,12 @@ class DoraLayer(LoraLayer):
 
     def lora_norm(self) -> Tensor:
         """``‖W + s B A‖`` of each output, ``(out,)``; without a gradient."""
-        return remembered(self, (self.weight, self.lora_A, self.lora_B), self._norm)
+        return remembered(self, (self.weight, self.lora_A, self.lora_B), self.lora_scaling, self._norm)
+
+    def train(self, mode: bool = True) -> Self:
+        """As any module; around a change of mode weights may be written in ways that leave no trace."""
+        forget(self)
+        return super().train(mode)
 
     def _norm(self) -> Tensor:
         return adapted_norms(self.weight, self.lora_A, self.lora_B, self.lora_scaling, in_first=self.lora_in_first)

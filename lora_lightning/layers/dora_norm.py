@@ -87,13 +87,20 @@ def _count_steps() -> None:
     register_optimizer_step_post_hook(_count)
 
 
-def remembered(layer: nn.Module, tensors: tuple[Tensor, ...], compute: Callable[[], Tensor]) -> Tensor:
-    """What ``compute`` gives, or gave for a layer while none of its tensors has changed.
+def forget(layer: nn.Module) -> None:
+    """Compute anew at the next call."""
+    _known.pop(layer, None)
+
+
+def remembered(layer: nn.Module, tensors: tuple[Tensor, ...], scaling: float, compute: Callable[[], Tensor]) -> Tensor:
+    """What ``compute`` gives, or gave for a layer while neither its tensors nor its scale have changed.
 
     So the recomputation of activation checkpointing, the batches that one step accumulates, validation and generation
     find it made. A change is seen by a tensor's storage and version, and by any optimizer's step (fused ones leave the
-    version as it is). Where processes share the work nothing is remembered: sharding engines gather other values into
-    the same memory without a trace. Nor is it under ``torch.compile`` and ``torch.func``.
+    version as it is). What writes through ``.data`` leaves no trace, as where averages of weights are swapped in for
+    validation: so nothing is kept over a change of mode. Where processes share the work nothing is remembered:
+    sharding engines gather other values into the same memory without a trace. Nor is it under ``torch.compile`` and
+    ``torch.func``.
     """
     if (
         torch.compiler.is_compiling()
@@ -104,7 +111,12 @@ def remembered(layer: nn.Module, tensors: tuple[Tensor, ...], compute: Callable[
         return compute()
     _count_steps()
     # A weak reference to a storage keeps its place from being given to another.
-    key = (_steps, *((StorageWeakRef(t.untyped_storage()), t.storage_offset(), t._version, t.dtype) for t in tensors))
+    key = (
+        _steps,
+        scaling,
+        layer.training,
+        *((StorageWeakRef(t.untyped_storage()), t.storage_offset(), t._version, t.dtype) for t in tensors),
+    )
     if (known := _known.get(layer)) is not None and known[0] == key:
         return known[1]
     with torch.inference_mode(False), torch.no_grad():  # it may be wanted in training later

@@ -21,13 +21,15 @@ from torch import Tensor
 from lora_lightning.layers.written import kernels_for
 
 _FEW = 0.125  # a place takes 8 bytes, an element of a mask 1
+_RARE = 1e-9  # so few that distances may not fit their numbers
+_MANY = 0.99  # so many that steps of 2⁻¹⁶ are coarse beside what is left
 
 
 def draw(x: Tensor, p: float) -> Tensor:
     """Which elements of ``x``, ``(T, in)``, are dropped, each with probability ``p``."""
     if kernels_for(x) is not None and x.numel() < 2**31:
         return torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or not _RARE <= p <= _MANY:
         return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(p)
     if p <= _FEW and type(x) is Tensor:
         return _places(x.numel(), p)

@@ -303,6 +303,12 @@ CHANGES = {
     "scale of a copy": lambda layer: layer.lora_A.detach().copy_(torch.randn_like(layer.lora_A)),
     "fused SGD": lambda layer: torch.optim.SGD(layer.lora_own.values(), lr=0.1, fused=True).step(),
     "fused AdamW": lambda layer: torch.optim.AdamW(layer.lora_own.values(), lr=0.1, fused=True).step(),
+    "scale": lambda layer: setattr(layer, "lora_scaling", 3.0),
+    "past autograd, before a change of mode": lambda layer: (layer.lora_B.data.mul_(2), layer.eval()),
+    "past autograd, with the mode set": lambda layer: (
+        layer.lora_B.data.mul_(2),
+        setattr(layer, "training", False),
+    ),
     "foreach": lambda layer: torch.optim.AdamW(layer.lora_own.values(), lr=0.1, foreach=True).step(),
 }
 
@@ -328,6 +334,16 @@ def test_an_optimizer_that_writes_past_autograd_is_noticed():
     layer(x).sum().backward()
     optimizer.step()
     torch.testing.assert_close(layer(x), _formula(x, layer))
+
+
+def test_averages_that_are_swapped_in_for_validation_are_noticed():
+    layer, x = _adapted(nn.Linear(6, 5)), torch.randn(3, 6)
+    own, average = layer.lora_B.detach().clone(), torch.randn(5, 3)
+    layer(x).sum().backward()
+    for values, mode in ((average, False), (own, True), (average, False), (own, False)):
+        layer.train(mode)
+        layer.lora_B.data.copy_(values)  # as Lightning's WeightAveraging does
+        torch.testing.assert_close(layer(x), _formula(x, layer))
 
 
 def test_memory_that_is_used_again_is_not_taken_for_the_same():

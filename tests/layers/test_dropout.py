@@ -27,8 +27,15 @@ def test_each_element_is_dropped_with_the_stated_probability_independently_of_ot
     assert kept.mean(0).var().item() == pytest.approx(share * p / 4000, rel=0.5)
 
 
+@pytest.mark.parametrize("p", [1e-300, 1e-20, 1e-8, 0.995, 1 - 1e-6, 1 - 1e-12])
+def test_next_to_nothing_or_nearly_all_is_dropped(p):
+    torch.manual_seed(0)
+    kept = _kept((1000, 1000), p, torch.float64)
+    assert kept.sum().item() == pytest.approx(1e6 * (1 - p), abs=5 * (1e6 * p * (1 - p)) ** 0.5 + 0.5)
+
+
 @settings(max_examples=50, deadline=None)
-@given(st.integers(0, 9), st.integers(1, 9), st.floats(1e-6, 0.999), st.integers(0, 2**32))
+@given(st.integers(0, 9), st.integers(1, 9), st.floats(0, 1, exclude_min=True, exclude_max=True), st.integers(0, 2**32))
 def test_places_are_within_the_input_and_the_same_for_the_same_seed(rows, columns, p, seed):
     x = torch.randn(rows, columns)
     torch.manual_seed(seed)
