@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from lora_lightning.injection.tensors import whole
 
-_TOGETHER = 16 << 20  # bytes, whole, of one exchange: few exchanges, and little memory beside what comes out
+_TOGETHER = 4 << 20  # bytes, whole, of one exchange: few exchanges, and little memory beside what comes out
 
 
 @torch.no_grad()
@@ -58,7 +58,7 @@ def _exchange(tensors: Sequence[DTensor]) -> Iterator[Tensor]:
     longest = max(map(sum, lengths))
     flat = torch.cat([*local, local[0].new_zeros(longest - sum(len(part) for part in local))])
     received = flat.new_empty(ways * longest)
-    dist.all_gather_into_tensor(received, flat, group=mesh.get_group())
+    dist.all_gather(list(received.view(ways, longest)), flat, group=mesh.get_group())
     parts = [row[: sum(some)].split(some) for row, some in zip(received.view(ways, longest), lengths, strict=True)]
     for number, tensor in enumerate(tensors):
         pieces = [parts[rank][number].view(shapes[number][rank]) for rank in range(ways)]

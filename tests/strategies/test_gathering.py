@@ -22,8 +22,8 @@ for value in (torch.randn(3, 4), torch.randn(6, 2)):
     spread.append(distribute_tensor(value, square, [Replicate(), Shard(1)], src_data_rank=None))
 
 calls = []
-real = torch.distributed.all_gather_into_tensor
-torch.distributed.all_gather_into_tensor = lambda *a, **k: (calls.append(1), real(*a, **k))[1]
+real = torch.distributed.all_gather
+torch.distributed.all_gather = lambda *a, **k: (calls.append(1), real(*a, **k))[1]
 for limit, most in ((1 << 24, 20), (64, 100)):
     gathering._TOGETHER = limit
     found = list(gathering.whole_together(spread))
