@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.errors import LoraConfigError
+
 # A mixin beside a module class at run time; to a type checker it is the module that it is part of.
 if TYPE_CHECKING:
     _Module = nn.Module
@@ -85,10 +87,10 @@ class LoraLayer(_Module):
 
     weight: Any  # the base's: a tensor, or what a quantised layer keeps instead
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's output plus the adapter's, whatever the base class does with ``x``."""
-        out = super().forward(x, *args, **kwargs)
-        return out + self.lora_delta(x).to(out.dtype) if self.lora_enabled else out
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output plus the adapter's, whatever the base class does with its input."""
+        out = super().forward(*args, **kwargs)
+        return out + self.lora_delta(input_of(self, out, args, kwargs)).to(out.dtype) if self.lora_enabled else out
 
     def extra_repr(self) -> str:
         """The base layer's description with rank and scale behind it."""
@@ -97,6 +99,20 @@ class LoraLayer(_Module):
     @property
     def _active_dropout(self) -> float:
         return self.lora_dropout if self.training else 0.0
+
+
+def input_of(layer: nn.Module, out: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The input to which an adapter gives its update: a layer's first argument, or the one named ``input``.
+
+    Raises:
+        LoraConfigError: If what the layer made of it is not a tensor, to which an update could be added.
+    """
+    if not isinstance(out, Tensor):
+        raise LoraConfigError(
+            f"a layer of class {type(layer).__name__.removeprefix('Lora')} gives a {type(out).__name__} where an "
+            "adapter adds to a tensor (routers of experts do): leave it out, with its name in exclude_modules"
+        )
+    return args[0] if args else kwargs["input" if "input" in kwargs else next(iter(kwargs))]
 
 
 def adapter_dtype(weight: Tensor) -> torch.dtype:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from typing_extensions import Self
 
-from lora_lightning.layers.base import LoraLayer
+from lora_lightning.layers.base import LoraLayer, input_of
 from lora_lightning.layers.dora_functional import Scaled, dora_linears, ratio
 from lora_lightning.layers.dora_norm import adapted_norms, beside, forget, remembered
 from lora_lightning.layers.embedding import LoraOverEmbedding
@@ -81,11 +81,12 @@ class DoraLayer(LoraLayer):
         c = ratio(beside(self.lora_magnitude.to(norm.dtype), norm), norm)
         return direction * (c if self.lora_in_first else c[:, None])
 
-    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        """The base layer's output, whatever its class does with ``x``, and what DoRA changes in it."""
-        out: Tensor = super(LoraLayer, self).forward(x, *args, **kwargs)
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
+        """The base layer's output, whatever its class does with its input, and what DoRA changes in it."""
+        out: Tensor = super(LoraLayer, self).forward(*args, **kwargs)
         if not self.lora_enabled:
             return out
+        x = input_of(self, out, args, kwargs)
         bias = getattr(self, "bias", None)
         straight = out if bias is None else out - bias
         c = ratio(self.lora_magnitude, self.lora_norm())
@@ -111,13 +112,13 @@ class DoraLinear(DoraOverLinear, nn.Linear):
         adapted = Adapted(self.weight, self.bias, self.lora_A, self.lora_B, self.lora_scaling)
         return Scaled(adapted, self.lora_magnitude, self.lora_norm())
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # as nn.Linear's
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]  # as nn.Linear's
         """``(..., in) -> (..., out)``."""
         if not self.lora_enabled:
-            return nn.Linear.forward(self, x)
+            return nn.Linear.forward(self, input)
         if self.lora_group is not None:
-            return self.lora_group.output(self, x)
-        return self.lora_together(x, [self])[0]
+            return self.lora_group.output(self, input)
+        return self.lora_together(input, [self])[0]
 
     @staticmethod
     def lora_together(x: Tensor, layers: Sequence[Any]) -> tuple[Tensor, ...]:

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from lora_lightning.layers.functional import (
     Adapted,
     Needs,
+    as_forward,
     backward_of,
     forward_of,
     in_one_dtype,
@@ -123,6 +124,7 @@ class _DoraLinears(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @as_forward
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
         given, dropped, *rest = ctx.saved_tensors
         needs_x, needs = ctx.needs_input_grad[0], [_Layer(*part) for part in _parts(ctx.needs_input_grad[3:], 6)]

@@ -7,8 +7,9 @@ section 4.1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_lightning.layers.dropout import add_product, draw, without
+
+_Backward = TypeVar("_Backward", bound=Callable[..., Any])
 
 
 class Adapted(NamedTuple):
@@ -101,6 +104,20 @@ def in_one_dtype(x: Tensor, layers: Sequence[Adapted]) -> tuple[Tensor, Sequence
     if all(layer.a.dtype == dtype == layer.b.dtype for layer in layers):
         return x, layers
     return x, [layer._replace(a=layer.a.to(dtype), b=layer.b.to(dtype)) for layer in layers]
+
+
+def as_forward(backward: _Backward) -> _Backward:
+    """A backward in the dtypes of its forward, also where it is called under autocast and forward was not."""
+
+    @functools.wraps(backward)
+    def outside(ctx: Any, *dys: Tensor | None) -> Any:
+        kind = next((dy.device.type for dy in dys if dy is not None), "cpu")
+        if not torch.is_autocast_enabled(kind):
+            return backward(ctx, *dys)
+        with torch.autocast(kind, enabled=False):
+            return backward(ctx, *dys)
+
+    return cast("_Backward", outside)
 
 
 def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -321,6 +338,7 @@ class _LoraLinears(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @as_forward
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
         x, dropped, *rest = ctx.saved_tensors
         count = len(ctx.scalings)

@@ -20,6 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from lora_lightning.layers.dropout import add_product, draw, without
 from lora_lightning.layers.functional import (
     PLAIN,
+    as_forward,
     backward_of,
     forward_of,
     gradients_of,
@@ -154,6 +155,7 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @as_forward
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, gate, up, dropped, dropped_h, *rest = ctx.saved_tensors
         xa, layers = rest[:3], grouped(rest[3:], ctx.scalings)

@@ -48,13 +48,13 @@ class LoraLinear(LoraOverLinear, nn.Linear):
         """What the arithmetic needs of the layer."""
         return Adapted(self.weight, self.bias, self.lora_A, self.lora_B, self.lora_scaling)
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # as nn.Linear's
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]  # as nn.Linear's
         """``(..., in) -> (..., out)``."""
         if not self.lora_enabled:
-            return nn.Linear.forward(self, x)
+            return nn.Linear.forward(self, input)
         if self.lora_group is not None:
-            return self.lora_group.output(self, x)
-        return self.lora_together(x, [self])[0]
+            return self.lora_group.output(self, input)
+        return self.lora_together(input, [self])[0]
 
     @staticmethod
     def lora_together(x: Tensor, layers: Sequence[Any]) -> tuple[Tensor, ...]:

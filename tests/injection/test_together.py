@@ -426,3 +426,21 @@ def test_blocks_compile_whole():
     for layer in model.model.layers:
         layer.compile(backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(_gradients(model), expected)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("forward", [True, False])
+def test_backward_under_autocast_has_the_dtypes_of_forward(forward, dora):
+    results = []
+    for backward in (True, False):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES)).train()
+        inject_lora(model, LoraConfig(r=4, lora_dropout=0.1, use_dora=dora), seed=0)
+        torch.manual_seed(0)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=forward):
+            loss = model(_ids(), use_cache=False).logits.float().square().mean()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=backward):
+            loss.backward()
+        results.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert all(grad.dtype == torch.float32 for grad in results[0].values())
+    torch.testing.assert_close(*results, rtol=0.1, atol=0.01)

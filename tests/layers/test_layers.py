@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
+from lora_lightning.errors import LoraConfigError
 from lora_lightning.layers import LoraEmbedding, LoraLayer, LoraLinear, adapt, is_linear, kind_of, restore, why_not
 
 
@@ -172,3 +173,29 @@ def test_accelerates_hook_is_put_over_the_new_class():
     offloaded = nn.Linear(4, 3)
     add_hook_to_module(offloaded, AlignDevicesHook(execution_device="cpu", offload=True))
     assert "offload" in why_not(offloaded)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("kind", [nn.Linear, NamedLinear, nn.Embedding])
+def test_an_input_by_its_name(kind, variant):
+    layer, x = kind(5, 6), torch.tensor([1, 2]) if kind is nn.Embedding else torch.randn(2, 5)
+    adapt(layer, 2, 2, 1.0, 0.0, variant)
+    for parameter in layer.lora_own.values():
+        nn.init.normal_(parameter)
+    assert torch.equal(layer(input=x), layer(x))
+    layer.lora_enabled = False
+    assert torch.equal(layer(input=x), layer(x))
+
+
+class Router(nn.Linear):
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits, logits.argmax(-1)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_an_output_that_is_no_tensor_is_refused_with_the_remedy(variant):
+    layer = Router(5, 6)
+    adapt(layer, 2, 2, 1.0, 0.0, variant)
+    with pytest.raises(LoraConfigError, match=r"Router gives a tuple .* exclude_modules"):
+        layer(torch.randn(2, 5))
