@@ -89,9 +89,7 @@ def worker(out: Path, *, early: bool, sharded: bool) -> None:
     (out / f"memory-{trainer.global_rank}.json").write_text(json.dumps(measured))
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(
-        0
-    )  # threads of torch's process groups now and then abort a process on its way through the interpreter's end
+    os._exit(0)  # threads of torch's process groups now and then abort a process at the interpreter's end
 
 
 def main() -> None:
