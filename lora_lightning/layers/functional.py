@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from lora_lightning.layers.dropout import add_product, draw, without
 
@@ -139,8 +141,19 @@ def written_out(x: Tensor, layers: Sequence[Adapted]) -> bool:
 
 
 def transformed() -> bool:
-    """Whether ``torch.func`` (``grad``, ``vmap``, ``jvp`` …) is at work, which wants operations it knows."""
-    return torch._C._are_functorch_transforms_active()
+    """Whether something is at work that wants operations it knows, and none that write into what others gave.
+
+    ``torch.func`` (``grad``, ``vmap``, ``jvp`` …) does, and so does selective activation checkpointing, which keeps
+    the outputs of some.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
+        return False
+    return any(isinstance(mode, _SELECTING) for mode in _get_current_dispatch_mode_stack())
+
+
+_SELECTING = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
 
 
 PLAIN = (Tensor, torch.nn.Parameter)

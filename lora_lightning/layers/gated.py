@@ -97,7 +97,7 @@ class Activation(NamedTuple):
     ) -> tuple[Tensor, Tensor]:
         """Gradients of ``gate`` and ``up``, ``(T, f)``, for ``dh + kept'(g A)``; ``dh`` is used up."""
         if self is _SILU and (kernels := kernels_for(gate)) is not None:
-            return kernels.swiglu_backward(dh, gate, up, g, a, dropped, p)
+            return kernels.swiglu_backward(dh, gate, up, g, a.contiguous(), dropped, p)
         add_product(dh, g, a, dropped, p)
         dup = self.forward(gate).mul_(dh)
         return self.backward(dh.mul_(up), gate), dup

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from lora_lightning import LoraConfig, inject_lora, lora_disabled, unload_lora
@@ -444,3 +444,20 @@ def test_backward_under_autocast_has_the_dtypes_of_forward(forward, dora):
         results.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     assert all(grad.dtype == torch.float32 for grad in results[0].values())
     torch.testing.assert_close(*results, rtol=0.1, atol=0.01)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_selective_activation_checkpointing_keeps_products_that_nobody_writes_into(dora):
+    products = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES)).train()
+    inject_lora(model, LoraConfig(r=4, use_dora=dora), seed=0)
+    for part in ("mlp", "self_attn.q_proj", "input_layernorm"):
+        module, x = model.model.layers[0].get_submodule(part), torch.randn(2, 5, 32, requires_grad=True)
+        inputs = [x, *(p for p in module.parameters() if p.requires_grad)]
+        kept = checkpoint(
+            module, x, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(products)
+        )
+        torch.testing.assert_close(
+            torch.autograd.grad(kept.square().sum(), inputs), torch.autograd.grad(module(x).square().sum(), inputs)
+        )
