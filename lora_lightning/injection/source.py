@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
 from types import FunctionType
@@ -35,18 +36,20 @@ def _called_on_one_input(function: Callable) -> tuple[tuple[str, ...], ...]:
     forward = _source(function)
     if forward is None:
         return ()
-    times: dict[str, int] = {}  # how often a variable has been given a value
-    found: dict[tuple[str, int], list[str]] = {}
+    times: Counter[str] = Counter()  # how often a variable has been given a value
+    found: dict[tuple[str, int, int], list[str]] = {}
+    writes = 0  # how often something has been written into, which may be an input by another name
     for statement in forward.body:
         simple = isinstance(statement, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Return))
         if simple:
             for part, variable in _calls(statement):
-                found.setdefault((variable, times.get(variable, 0)), []).append(part)
+                found.setdefault((variable, times[variable], writes), []).append(part)
         elif any(isinstance(node, ast.Return) for node in ast.walk(statement)):
             break  # what follows is not always reached
         for node in ast.walk(statement):
             if isinstance(node, ast.Name) and isinstance(node.ctx, (ast.Store, ast.Del)):
-                times[node.id] = times.get(node.id, 0) + 1
+                times[node.id] += 1
+            writes += _may_write(node)
     return tuple(tuple(parts) for parts in found.values() if len(parts) > 1 and len(set(parts)) == len(parts))
 
 
@@ -82,6 +85,14 @@ def _source(function: Callable) -> ast.FunctionDef | None:
 def _parse(text: str) -> ast.FunctionDef | None:
     tree = ast.parse(textwrap.dedent(text)).body[0]
     return tree if isinstance(tree, ast.FunctionDef) else None
+
+
+def _may_write(node: ast.AST) -> bool:
+    """Whether a part of a statement may write into a tensor, as ``x += 1``, ``x[0] = 1`` and ``x.add_(1)`` do."""
+    if isinstance(node, ast.Call):
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        return name.endswith("_") or any(keyword.arg in ("inplace", "out") for keyword in node.keywords)
+    return isinstance(node, ast.AugAssign) or (isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store))
 
 
 def _calls(node: ast.AST) -> Iterator[tuple[str, str]]:

@@ -48,7 +48,10 @@ def _group(parent: nn.Module, parents: Counter[int]) -> None:
         return
     kind: type = type(parent)
     for names in called_on_one_input(kind):
-        layers = [child for child in map(parent._modules.get, names) if isinstance(child, (LoraLinear, DoraLinear))]
+        parts = [parent._modules.get(name) for name in names]
+        if any(getattr(part, "inplace", False) for part in parts):
+            continue  # an activation that writes into what the others are called on
+        layers = [part for part in parts if isinstance(part, (LoraLinear, DoraLinear))]
         # A layer that has another parent too may be called without the rest of its group.
         layers = [layer for layer in layers if _shares(layer) and not layer.lora_group and parents[id(layer)] == 1]
         if len(layers) > 1 and len({layer.in_features for layer in layers}) == 1:

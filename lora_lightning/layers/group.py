@@ -41,7 +41,7 @@ class LoraGroup:
             out = self._take(layer, x)
             return layer.lora_together(x, [layer])[0] if out is None else out
         self._waiting = None  # what was not taken after the call before
-        if len(members) == 1 or not at_once(members) or x.is_inference():  # inference mode does not count changes of x
+        if len(members) == 1 or not at_once(members):
             return layer.lora_together(x, [layer])[0]
         first, *others = layer.lora_together(x, members)
         waiting = zip(members[1:], others, strict=True)

@@ -36,6 +36,19 @@ class ReassignedInABranch(nn.Module):
         return q + self.k(x)
 
 
+class WrittenInto(nn.Module):
+    def forward(self, x, y):
+        q = self.q(x)
+        x.mul_(2)
+        k = self.k(x)
+        x[0] = 1
+        v = self.v(x)
+        y += 1  # may be the same by another name
+        o, g = self.o(x), self.g(x)
+        torch.relu(y, out=y)
+        return q + k + v + o + g + self.m(x)
+
+
 class Conditional(nn.Module):
     def forward(self, x, other=None):
         q = self.q(x)
@@ -68,6 +81,7 @@ class WithMore(nn.Module):
         (Reassigned, (("k", "v"),)),
         (ReassignedInABranch, ()),
         (Conditional, ()),
+        (WrittenInto, (("o", "g"),)),
         (LeftEarly, ()),
         (Twice, ()),
         (WithMore, ()),

@@ -54,12 +54,39 @@ def test_a_model_that_is_let_go_is_freed_at_once(dora):
         gc.enable()
 
 
-@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
 def test_an_input_that_changes_between_the_calls(mode):
     model = _two(lambda model, x: x.mul_(2))
     with mode():
         x = torch.randn(3, 4)
         expected = _by_itself(model.q, x) + _by_itself(model.k, x * 2)
+        torch.testing.assert_close(model(x.clone()), expected)
+
+
+class Changing(Two):
+    def forward(self, x):
+        y = self.q(x)
+        x.mul_(2)
+        return y + self.k(x)
+
+
+class Writing(Two):
+    def __init__(self):
+        super().__init__()
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        return self.q(x) + self.act(x) + self.k(x)
+
+
+@pytest.mark.parametrize("kind", [Changing, Writing])
+def test_an_input_that_is_said_to_change_between_the_calls_also_where_changes_are_not_counted(kind):
+    model = kind()
+    inject_lora(model, LoraConfig(r=2), seed=0)
+    with torch.inference_mode():
+        x = torch.randn(3, 4)
+        changed = x * 2 if kind is Changing else x.relu()
+        expected = _by_itself(model.q, x) + _by_itself(model.k, changed) + (0 if kind is Changing else changed)
         torch.testing.assert_close(model(x.clone()), expected)
 
 
