@@ -138,7 +138,7 @@ def test_batches_left_over_in_a_checkpoint_are_told(run):
 def test_gradients_that_are_not_finite_on_one_process_stop_all(run, stage):
     out, notes, _ = run("--stage", stage, "--bad-batch", 2)
     assert notes["error"].startswith("NonFiniteError: step 2")
-    assert "6 adapter tensors" in notes["error"]
+    assert "6 trained tensors" in notes["error"]
     assert (out / "adapter" / "adapter_model.safetensors").is_file()
 
 
