@@ -68,6 +68,9 @@ class LoraGated(nn.Module):
         return _Gated.apply(x, layers[0]._active_dropout, activation, scalings, *tensors)
 
 
+_CALL = nn.Module.__call__
+
+
 def _unobserved(block: nn.Module, layers: tuple[LoraLinear, ...]) -> bool:
     act = cast("nn.Module", block.act_fn)
     return (
@@ -75,6 +78,7 @@ def _unobserved(block: nn.Module, layers: tuple[LoraLinear, ...]) -> bool:
         and "forward" not in vars(act)
         and not (act._forward_hooks or act._forward_pre_hooks or act._backward_hooks or act._backward_pre_hooks)
         and not _has_any_global_hook()
+        and nn.Module.__call__ is _CALL  # some tools watch all calls so
         and at_once(layers)
     )
 

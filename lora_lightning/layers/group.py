@@ -78,11 +78,11 @@ def at_once(layers: Sequence[Any]) -> bool:
         and layer._active_dropout == dropout
         and not (layer._forward_pre_hooks or layer._backward_pre_hooks or layer._backward_hooks)
         and "forward" not in vars(layer)
-        and type(layer.weight) in PLAIN
+        and type(weight := layer.weight) in PLAIN
         and type(layer.lora_A) in PLAIN
-        and layer.weight.device == device
-        and layer.weight.shape == (layer.out_features, layer.in_features)
-        and layer.weight.untyped_storage().size() > 0
+        and weight.device == device
+        and weight.shape == (layer.out_features, layer.in_features)
+        and weight.untyped_storage().size() > 0
         for layer in layers
     )
 

@@ -461,3 +461,16 @@ def test_selective_activation_checkpointing_keeps_products_that_nobody_writes_in
         torch.testing.assert_close(
             torch.autograd.grad(kept.square().sum(), inputs), torch.autograd.grad(module(x).square().sum(), inputs)
         )
+
+
+def test_one_who_watches_all_calls_sees_those_within_a_gated_block(monkeypatch):
+    model, seen, call = _model(), [], nn.Module.__call__
+
+    def watched(self, *args, **kwargs):
+        seen.append(self)
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "__call__", watched)
+    block = model.model.layers[0].mlp
+    block(torch.randn(2, 3, 32))
+    assert seen == [block, block.gate_proj, block.act_fn, block.up_proj, block.down_proj]
