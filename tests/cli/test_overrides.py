@@ -122,7 +122,7 @@ def test_a_choice_of_a_sweep_is_checked_too():
 def test_a_group_that_every_run_reads_cannot_be_left_out(typed):
     error = refusal("experiment=smoke", typed)
     assert f"{typed}: lora cannot be left out" in str(error)
-    assert "balanced, conservative, high_capacity" in str(error)
+    assert "balanced, conservative, dora, high_capacity" in str(error)
     assert error.command is None
 
 
