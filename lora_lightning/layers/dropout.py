@@ -44,9 +44,17 @@ def without(x: Tensor, dropped: Tensor, p: float) -> Tensor:
         return torch.where(dropped, 0, x)
     if (kernels := kernels_for(x)) is not None:
         return kernels.without(x.contiguous(), dropped, p)
-    kept = x.clone(memory_format=torch.contiguous_format)
-    kept.view(-1).index_fill_(0, dropped, 0)
-    return kept
+    return without_(x.clone(memory_format=torch.contiguous_format), dropped, p)
+
+
+def without_(x: Tensor, dropped: Tensor, p: float) -> Tensor:
+    """The same in the memory of ``x``, where that can be; ``x`` is contiguous, and used up."""
+    if dropped.dtype == torch.bool:
+        return x.masked_fill_(dropped, 0)
+    if (kernels := kernels_for(x)) is not None:
+        return kernels.without(x, dropped, p)
+    x.view(-1).index_fill_(0, dropped, 0)
+    return x
 
 
 def add_product(dx: Tensor, g: Tensor, a: Tensor, dropped: Tensor | None, p: float) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
-from lora_lightning.layers.dropout import add_product, draw, without
+from lora_lightning.layers.dropout import add_product, draw, without, without_
 from lora_lightning.layers.functional import (
     PLAIN,
     as_forward,
@@ -91,20 +92,41 @@ class Activation(NamedTuple):
 
     def product(self, gate: Tensor, up: Tensor, dropped: Tensor | None, p: float) -> tuple[Tensor, Tensor]:
         """``h = a(gate) · up``, ``(T, f)``, and what dropout keeps of it."""
-        if self is _SILU and (kernels := kernels_for(gate)) is not None:
-            return kernels.swiglu(gate, up, dropped, p)
+        if (kernels := self._kernels(gate, dropped)) is not None:
+            return kernels.swiglu(gate, up, dropped, p, whole=True)
         h = self.forward(gate).mul_(up)
         return h, h if dropped is None else without(h, dropped, p)
 
+    def kept_product(self, gate: Tensor, up: Tensor, dropped: Tensor | None, p: float) -> tuple[Tensor, Tensor | None]:
+        """What dropout keeps of ``h``, ``(T, f)``, and ``a(gate)``, if it was made on the way."""
+        if (kernels := self._kernels(gate, dropped)) is not None:
+            return kernels.swiglu(gate, up, dropped, p, whole=False)[1], None
+        acted = self.forward(gate)
+        h = acted * up
+        return h if dropped is None else without_(h, dropped, p), acted
+
     def product_backward(
-        self, dh: Tensor, gate: Tensor, up: Tensor, g: Tensor, a: Tensor, dropped: Tensor | None, p: float
+        self,
+        dh: Tensor,
+        gate: Tensor,
+        up: Tensor,
+        acted: Tensor | None,
+        g: Tensor,
+        a: Tensor,
+        dropped: Tensor | None,
+        p: float,
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of ``gate`` and ``up``, ``(T, f)``, for ``dh + kept'(g A)``; ``dh`` is used up."""
-        if self is _SILU and (kernels := kernels_for(gate)) is not None:
+        """Gradients of ``gate`` and ``up``, ``(T, f)``, for ``dh + kept'(g A)``; ``dh`` and ``acted`` are used up."""
+        if (kernels := self._kernels(gate, dropped)) is not None:
             return kernels.swiglu_backward(dh, gate, up, g, a.contiguous(), dropped, p)
         add_product(dh, g, a, dropped, p)
-        dup = self.forward(gate).mul_(dh)
+        dup = (self.forward(gate) if acted is None else acted).mul_(dh)
         return self.backward(dh.mul_(up), gate), dup
+
+    def _kernels(self, gate: Tensor, dropped: Tensor | None) -> ModuleType | None:
+        """Kernels for CUDA, which take a seed of the dropout and no mask."""
+        seeded = dropped is None or dropped.dtype != torch.bool
+        return kernels_for(gate) if self is _SILU and seeded else None
 
 
 def _gelu(approximate: str) -> Activation:
@@ -166,10 +188,16 @@ class _Gated(torch.autograd.Function):
         needs, down, p = needs_of(ctx.needs_input_grad[4:]), layers[2], ctx.dropout
         dy_flat = dy.reshape(-1, dy.shape[-1])
         g = into_rank(dy_flat, down, p)
-        h, kept = ctx.activation.product(gate, up, dropped_h, p) if needs[2].a or needs[2].weight else (None, None)
+        h = kept = acted = None
+        if needs[2].weight:
+            h, kept = ctx.activation.product(gate, up, dropped_h, p)
+        elif needs[2].a:
+            kept, acted = ctx.activation.kept_product(gate, up, dropped_h, p)
         down_grads = gradients_of([dy_flat], h, kept, g, xa[2:], p, layers[2:], needs[2:])
         del h, kept
-        dgate, dup = ctx.activation.product_backward(dy_flat @ down.weight, gate, up, g, down.a, dropped_h, p)
+        dh = dy_flat @ down.weight
+        dgate, dup = ctx.activation.product_backward(dh, gate, up, acted, g, down.a, dropped_h, p)
+        del dh, acted
         x_flat = x.reshape(-1, x.shape[-1])
         dx, grads = backward_of(
             [dgate, dup], x_flat, dropped, xa[:2], p, layers[:2], ctx.needs_input_grad[0], needs[:2]

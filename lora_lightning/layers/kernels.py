@@ -163,15 +163,18 @@ def _add_product(
     tl.store(dx + at, (before + total).to(dx.dtype.element_ty), mask=inside)
 
 
-def swiglu(gate: Tensor, up: Tensor, seed: Tensor | None, p: float) -> tuple[Tensor, Tensor]:
-    """``h = silu(gate) · up``, all ``(T, f)`` and contiguous, and what :func:`without` would keep of it."""
+def swiglu(gate: Tensor, up: Tensor, seed: Tensor | None, p: float, *, whole: bool) -> tuple[Tensor, Tensor]:
+    """``h = silu(gate) · up``, all ``(T, f)`` and contiguous, and what :func:`without` would keep of it.
+
+    Not ``whole``, only what is kept is written, and both are that.
+    """
     out = torch.empty_like(gate)
-    kept = out if seed is None else torch.empty_like(gate)
     drops = seed is not None
+    kept = torch.empty_like(gate) if drops and whole else out
     n = gate.numel()
     with _on(gate):
         _swiglu[(triton.cdiv(n, _BLOCK),)](
-            gate, up, out, kept, seed, n, p, WRITES_OUT=True, WRITES_KEPT=drops, BLOCK=_BLOCK
+            gate, up, out, kept, seed, n, p, WRITES_OUT=whole or not drops, WRITES_KEPT=drops, BLOCK=_BLOCK
         )
     return out, kept
 

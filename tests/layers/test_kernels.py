@@ -39,9 +39,10 @@ def test_gated_product_and_its_gradients(dtype, shape, p):
     keeps = torch.ones_like(gate) if seed is None else without(torch.ones_like(gate), seed, p)
     wide = [tensor.double().requires_grad_() for tensor in (gate, up)]
     expected = F.silu(wide[0]) * wide[1]
-    h, kept = kernels.swiglu(gate, up, seed, p)
+    h, kept = kernels.swiglu(gate, up, seed, p, whole=True)
     _close(h, expected, dtype)
     assert torch.equal(kept, h * keeps)
+    assert torch.equal(kernels.swiglu(gate, up, seed, p, whole=False)[1], kept)
     wanted = torch.autograd.grad(expected, wide, dh.double() + keeps.double() * (g.double() @ a.double()))
     for got, want in zip(kernels.swiglu_backward(dh.clone(), gate, up, g, a, seed, p), wanted, strict=True):
         _close(got, want, dtype, 2)
