@@ -71,17 +71,20 @@ def _computes_itself(layer: nn.Module | None) -> bool:
 
 def _over(module: nn.Module) -> type[nn.Module] | None:
     """The class that may be put over a module's own, or None."""
-    if why_not(module) is not None:
-        return None
     kind: type = type(module)
-    if _is_gated(module, kind):
-        return LoraGated
+    over: type[nn.Module] | None
     if not module._modules:
-        return _norm_over(module, kind)
-    return LoraRotary if _rotates(kind) else None
+        over = _norm_over(module, kind)
+    elif _is_gated(module, kind):
+        over = LoraGated
+    else:
+        over = LoraRotary if _rotates(kind) else None
+    return over if over is not None and why_not(module) is None else None
 
 
 def _is_gated(module: nn.Module, kind: type) -> bool:
+    if "down_proj" not in module._modules:
+        return False
     parts = [module._modules.get(name) for name in ("gate_proj", "up_proj", "down_proj")]
     return (
         all(map(_computes_itself, parts))
