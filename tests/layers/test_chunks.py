@@ -19,7 +19,7 @@ def test_chunks_fit_and_are_even(rows, row_bytes):
 
 
 def test_little_memory_makes_small_chunks(monkeypatch):
-    assert chunk_rows(1000, 2**20, CPU) == 91  # 11 chunks of at most 96
+    assert chunk_rows(1000, 2**20, CPU) == 250  # 4 chunks of at most 256
     monkeypatch.setattr(chunks, "free_bytes", lambda device: 64 * 2**20)
     assert chunk_rows(1000, 2**20, CPU) == 8
     monkeypatch.setattr(chunks, "free_bytes", lambda device: 0)
