@@ -85,7 +85,7 @@ def _unobserved(block: nn.Module, layers: tuple[LoraLinear, ...]) -> bool:
 
 
 class Activation(NamedTuple):
-    """An activation ``a(x)`` and ``dx`` of ``(dy, x)``."""
+    """An activation ``a(x)``, and ``dx`` of ``(dy, x)`` in the place of ``dy``."""
 
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
@@ -129,14 +129,22 @@ class Activation(NamedTuple):
         return kernels_for(gate) if self is _SILU and seeded else None
 
 
+def _silu_backward(dy: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.aten.silu_backward.grad_input(dy, x, grad_input=dy)
+
+
+def _gelu_backward(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
+    return torch.ops.aten.gelu_backward.grad_input(dy, x, approximate=approximate, grad_input=dy)
+
+
 def _gelu(approximate: str) -> Activation:
     return Activation(
         functools.partial(F.gelu, approximate=approximate),
-        functools.partial(torch.ops.aten.gelu_backward, approximate=approximate),
+        functools.partial(_gelu_backward, approximate=approximate),
     )
 
 
-_SILU = Activation(F.silu, torch.ops.aten.silu_backward)
+_SILU = Activation(F.silu, _silu_backward)
 _GELU = {approximate: _gelu(approximate) for approximate in ("none", "tanh")}
 
 
