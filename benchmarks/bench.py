@@ -191,6 +191,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.write and (args.quick or args.layers):
         parser.error("--write needs figures of whole models, and --quick and --layers have none")
     bench = Bench(1 if args.quick else args.rounds, args.threads, args.quick, args.layers)
+    if args.write:
+        earlier_results(bench, args.only or SECTIONS)  # refused now rather than when all is measured
     measure(bench, args.only or SECTIONS)
     status = finish(bench)
     if args.write and not status:
@@ -218,17 +220,28 @@ def finish(bench: Bench) -> int:
     return 0
 
 
-def write(bench: Bench) -> None:
-    """Put a run into the results and the page; sections that were not run stay if they come from the same machine."""
+def earlier_results(bench: Bench, sections: Iterable[str]) -> dict[str, Any]:
+    """What the results hold already, if these sections can be put into it; none of it where all are measured anew."""
     about = machine() | {"threads": bench.threads, "rounds": bench.rounds, "real_weights": is_real(SHAPES[DEFAULT])}
     results: dict[str, Any] = {"machine": about, "sections": {}, "checks": []}
     if RESULTS.is_file():
         earlier = json.loads(RESULTS.read_text(encoding="utf-8"))
-        same = {key: value for key, value in earlier["machine"].items() if key != "date"}
-        if same == {key: value for key, value in about.items() if key != "date"}:
-            results = earlier | {"machine": about}
-        elif set(bench.sections) != set(SECTIONS):
-            sys.exit(f"{RESULTS.name} is of another machine or other versions: a part of a run cannot be put into it")
+        kinds = [{key: value for key, value in told.items() if key != "date"} for told in (earlier["machine"], about)]
+        if kinds[0] == kinds[1]:
+            return earlier | {"machine": about}
+        if set(sections) != set(SECTIONS):
+            differing = [f"{key} {kinds[0].get(key)!r}, here {kinds[1].get(key)!r}" for key in kinds[1]]
+            told = [line for line, key in zip(differing, kinds[1], strict=True) if kinds[0].get(key) != kinds[1][key]]
+            sys.exit(
+                f"{RESULTS.name} is of another machine, other versions or another number of turns ({'; '.join(told)}): "
+                "a part of a run cannot be put into it"
+            )
+    return results
+
+
+def write(bench: Bench) -> None:
+    """Put a run into the results and the page; sections that were not run stay if they come from the same machine."""
+    results = earlier_results(bench, bench.sections)
     results["sections"] = {
         name: bench.sections.get(name, results["sections"].get(name))
         for name in SECTIONS
