@@ -27,9 +27,13 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    os.environ.pop("PL_GLOBAL_SEED", None)  # what a test before has seeded; before fixtures of a module too
+
+
 @pytest.fixture(autouse=True)
-def _reproducible(monkeypatch):
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+def _reproducible():
     torch.manual_seed(0)
 
 

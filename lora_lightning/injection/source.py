@@ -20,12 +20,11 @@ import torch
 def called_on_one_input(kind: type) -> tuple[tuple[str, ...], ...]:
     """Names of the parts that a forward calls, always and in this order, on one and the same variable.
 
-    >>> class Attention(nn.Module):
-    ...     def forward(self, x, other=None):
-    ...         q, k = self.q(x), self.k(x)
-    ...         return self.o(q + k + (self.v(x) if other is None else self.v(other)))
-    >>> called_on_one_input(Attention)  # doctest: +SKIP
-    (('q', 'k'),)
+    Of this forward they are ``q`` and ``k``; ``v`` may be called on something else::
+
+        def forward(self, x, other=None):
+            q, k = self.q(x), self.k(x)
+            return self.o(q + k + (self.v(x) if other is None else self.v(other)))
     """
     function = _function(kind)
     return () if function is None else _called_on_one_input(inspect.unwrap(function))
