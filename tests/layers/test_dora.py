@@ -465,7 +465,6 @@ def test_a_quantised_weight_is_refused_with_the_remedy():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 def test_on_cuda_it_is_the_formula_and_waits_for_nothing(dtype, bias):
