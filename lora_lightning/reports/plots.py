@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lora_lightning.reports.curves import Points, joined
+
 _TRAINED, _VALIDATED = "#4878b6", "#d1495b"
-_Points = list[tuple[int, float]]  # optimizer steps done, and the loss then
 
 
 def loss_picture(
@@ -34,37 +33,14 @@ def loss_picture(
         picture.
     """
     try:
-        trained, validated = _run([*map(Path, earlier), Path(metrics_csv)])
+        files = [*map(Path, earlier), Path(metrics_csv)]
+        trained, validated = joined(files, "train_loss", "val_loss")
         if val_loss_before is not None:
             validated.insert(0, (0, val_loss_before))
         return _draw(trained, validated, Path(png)) if trained or validated else None
     except Exception as error:  # whatever it is, the training is done and its products matter more
         rank_zero_warn(f"The loss picture {png} could not be drawn: {error}")
         return None
-
-
-def _run(files: list[Path]) -> tuple[_Points, _Points]:
-    """Losses of all parts of a run; what an earlier part did beyond the step that a later one began with is dropped."""
-    trained: _Points = []
-    validated: _Points = []
-    begun = math.inf
-    for file in reversed(files):
-        series = _series(file)
-        before = [[point for point in points if point[0] < begun] for points in series]
-        trained, validated = before[0] + trained, before[1] + validated
-        begun = min([begun, *(step for points in series for step, _ in points)])
-    return trained, validated
-
-
-def _series(metrics_csv: Path) -> tuple[_Points, _Points]:
-    with metrics_csv.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-
-    def column(name: str) -> _Points:
-        # Lightning numbers steps from 0: what stands at step n was measured after n + 1 of them.
-        return [(int(row["step"]) + 1, float(row[name])) for row in rows if row.get(name)]
-
-    return column("train_loss"), column("val_loss")
 
 
 def _smoothed(values: list[float]) -> list[float]:
@@ -74,7 +50,7 @@ def _smoothed(values: list[float]) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def _draw(trained: _Points, validated: _Points, png: Path) -> Path:
+def _draw(trained: Points, validated: Points, png: Path) -> Path:
     # The object interface: pyplot would keep the figure and might look for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -6,7 +6,10 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 
 from lora_lightning.reports import loss_picture
-from lora_lightning.reports.plots import _run, _series, _smoothed
+from lora_lightning.reports.curves import joined, parts_of, series
+from lora_lightning.reports.plots import _smoothed
+
+LOSSES = ("train_loss", "val_loss")
 
 
 def write_metrics(path, steps=80):
@@ -30,7 +33,7 @@ def test_picture(tmp_path):
 def test_steps_of_a_real_run(module, data, make_trainer, tmp_path):
     """What was measured after n optimizer steps stands at n."""
     make_trainer(logger=CSVLogger(tmp_path / "run", name="", version="")).fit(module, datamodule=data)
-    trained, validated = _series(tmp_path / "run" / "metrics.csv")
+    trained, validated = series(tmp_path / "run" / "metrics.csv", *LOSSES)
     assert [step for step, _ in trained] == list(range(1, 9))
     assert [step for step, _ in validated] == [4, 8]
 
@@ -47,10 +50,10 @@ def test_a_resumed_run_is_one_curve(module, data, make_trainer, tmp_path):
     first, second = (CSVLogger(folder, name="", version="") for folder in folders)
     make_trainer(SaveAt4(), logger=first, max_epochs=2).fit(module, datamodule=data)
     make_trainer(logger=second, max_epochs=3).fit(module, datamodule=data, ckpt_path=folders[0] / "at4.ckpt")
-    trained, validated = _run([folder / "metrics.csv" for folder in folders])
+    trained, validated = joined([folder / "metrics.csv" for folder in folders], *LOSSES)
     assert [step for step, _ in trained] == list(range(1, 13))
     assert [step for step, _ in validated] == [4, 8, 12]
-    assert trained[4:] == _series(folders[1] / "metrics.csv")[0]
+    assert trained[4:] == series(folders[1] / "metrics.csv", *LOSSES)[0]
 
 
 def test_rows_that_a_later_part_has_measured_anew_are_dropped(tmp_path):
@@ -62,7 +65,8 @@ def test_rows_that_a_later_part_has_measured_anew_are_dropped(tmp_path):
     }
     for name, text in parts.items():
         (tmp_path / name).write_text(text)
-    trained, validated = _run([tmp_path / name for name in parts])
+    assert parts_of(tmp_path / "metrics.csv") == [tmp_path / name for name in parts]
+    trained, validated = joined([tmp_path / name for name in parts], *LOSSES)
     assert trained == [(1, 9.0), (3, 8.0), (5, 5.0), (7, 4.0), (9, 3.0)]
     assert validated == [(4, 8.5), (6, 5.5)]
 
@@ -70,7 +74,7 @@ def test_rows_that_a_later_part_has_measured_anew_are_dropped(tmp_path):
 def test_a_run_begun_anew_in_a_folder_has_nothing_of_the_one_before(tmp_path):
     (tmp_path / "old.csv").write_text("step,train_loss\n0,9\n50,8\n")
     (tmp_path / "new.csv").write_text("step,train_loss\n0,3\n")
-    assert _run([tmp_path / "old.csv", tmp_path / "new.csv"]) == ([(1, 3.0)], [])
+    assert joined([tmp_path / "old.csv", tmp_path / "new.csv"], *LOSSES) == [[(1, 3.0)], []]
 
 
 def test_smoothing_keeps_ends_and_levels():
