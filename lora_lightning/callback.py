@@ -41,7 +41,7 @@ from lora_lightning.strategies import AdapterState, hooks, rng, state_for
 from lora_lightning.strategies.allocator import keep_freed_memory
 from lora_lightning.strategies.averaging import attach_averaging, begin_averaging, detach_averaging
 from lora_lightning.strategies.broadcast import include_frozen
-from lora_lightning.strategies.checks import check_first_step, check_trainer
+from lora_lightning.strategies.checks import check_first_step, check_trainer, guard_launch
 from lora_lightning.strategies.chosen import config_for, fold_in_first, target_of
 from lora_lightning.strategies.nonfinite import NonFiniteError
 from lora_lightning.strategies.position import attach_position, resume_position
@@ -120,6 +120,7 @@ class LoraCallback(pl.Callback):
         self._before_validation: dict[str, Any] | None = None
         self._still: dict[str, nn.Module] = {}
         self._tensors: tuple[str, ...] = ()
+        guard_launch(self)
 
     @property
     def state_key(self) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -27,13 +29,49 @@ def check_trainer(trainer: Any) -> None:
             "lightning.pytorch, and the two do not mix: write `from lightning.pytorch import Trainer` (and "
             "LightningModule)"
         )
-    if trainer.world_size > 1 and isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher) and _multirun():
-        raise LoraConfigError(
-            f"a Hydra multirun with strategy {type(trainer.strategy).__name__} on {trainer.num_devices} devices: each "
-            "further process would run the whole sweep again, and processes would train different experiments together "
-            "without a word. Start each run by itself (one command for each job, without -m), or with a launcher that "
-            "gives every job a process of its own"
-        )
+    _check_multirun(trainer)
+
+
+_GUARDED: weakref.WeakSet[pl.Callback] = weakref.WeakSet()
+
+
+def guard_launch(callback: pl.Callback) -> None:
+    """In a Hydra multirun, have a trainer with this callback checked before it starts further processes.
+
+    No callback is asked before they have been started, when the first one waits for them and they run the sweep: so it
+    is the launcher that asks. A process without a multirun is left as it is.
+    """
+    if _multirun() is None:
+        return
+    _GUARDED.add(callback)
+    launch = _SubprocessScriptLauncher.launch
+    if not hasattr(launch, "__wrapped__"):
+        _SubprocessScriptLauncher.launch = _checking(launch)  # type: ignore[method-assign]
+
+
+def _checking(launch: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(launch)
+    def checked(self: Any, function: Callable, *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
+        if trainer is not None and any(each in _GUARDED for each in trainer.callbacks):  # type: ignore[attr-defined]
+            _check_multirun(trainer)
+        return launch(self, function, *args, trainer=trainer, **kwargs)
+
+    return checked
+
+
+def _check_multirun(trainer: pl.Trainer) -> None:
+    strategy, job = trainer.strategy, _multirun()
+    if job is None or trainer.world_size == 1 or not isinstance(strategy.launcher, _SubprocessScriptLauncher):
+        return
+    by_slurm = strategy.launcher.cluster_environment.creates_processes_externally
+    if by_slurm and "submitit" in str(job.launcher.get("_target_")):
+        return  # SLURM has started all processes of this one job, each with what the job is
+    raise LoraConfigError(
+        f"a Hydra multirun with strategy {type(strategy).__name__} on {trainer.num_devices} devices: each further "
+        "process would run the whole sweep again, and processes would train different experiments together without a "
+        "word. Add hydra/launcher=lora_local to the command, which gives every job a process of its own, or start each "
+        "job by itself, without -m"
+    )
 
 
 def check_first_step(layers: Mapping[str, LoraLayer], named: Mapping[str, nn.Parameter], unused: Sequence[str]) -> None:
@@ -59,9 +97,10 @@ def check_first_step(layers: Mapping[str, LoraLayer], named: Mapping[str, nn.Par
         )
 
 
-def _multirun() -> bool:
-    """Whether this is a job of ``hydra -m``; where Hydra has not been imported, it is not."""
+def _multirun() -> Any:
+    """Hydra's own settings if this is a job of ``hydra -m``, else None, as where Hydra has not been imported."""
     module = sys.modules.get("hydra.core.hydra_config")
     if module is None or not module.HydraConfig.initialized():
-        return False
-    return getattr(module.HydraConfig.get().mode, "name", None) == "MULTIRUN"
+        return None
+    settings = module.HydraConfig.get()
+    return settings if getattr(settings.mode, "name", None) == "MULTIRUN" else None

@@ -1,8 +1,5 @@
 """Which state a strategy gets, and what is refused before training."""
 
-import subprocess
-import sys
-
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -57,50 +54,6 @@ def test_forked_processes_send_the_adapter_back_and_nothing_else():
     inject_lora(module, LoraConfig(r=2))
     state_for(strategy).injected(module, by_callback=False)
     assert set(module.state_dict()) == set(lora_state_dict(module)) == set(lora_parameters(module))
-
-
-MULTIRUN = """
-import hydra, lightning.pytorch as pl, torch
-from omegaconf import DictConfig
-from torch import nn
-from torch.utils.data import DataLoader
-from lora_lightning import LoraCallback, LoraConfig
-
-class Module(pl.LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Linear(2, 2)
-    def training_step(self, batch, _):
-        return self.net(batch).sum()
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-@hydra.main(version_base=None, config_path=None)
-def main(cfg: DictConfig):
-    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_steps=1, logger=False,
-                         enable_checkpointing=False, enable_progress_bar=False,
-                         callbacks=[LoraCallback(LoraConfig(r=1))])
-    trainer.fit(Module(), DataLoader(torch.randn(4, 2), batch_size=2))
-
-main()
-"""
-
-
-def test_a_multirun_whose_ranks_would_each_run_the_sweep_is_refused(tmp_path):
-    script = tmp_path / "sweep.py"
-    script.write_text(MULTIRUN)
-    command = [sys.executable, str(script), "-m", "+x=1,2", f"hydra.sweep.dir={tmp_path}/out"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode != 0
-    assert "a Hydra multirun with strategy DDPStrategy on 2 devices" in done.stderr
-
-
-def test_a_single_process_in_a_multirun_is_fine(tmp_path):
-    script = tmp_path / "sweep.py"
-    script.write_text(MULTIRUN.replace("devices=2", "devices=1"))
-    command = [sys.executable, str(script), "-m", "+x=1,2", f"hydra.sweep.dir={tmp_path}/out"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_the_callback_goes_to_the_front(tmp_path):
