@@ -134,7 +134,7 @@ def test_processes_that_slurm_started_are_right_where_it_started_them_for_one_jo
     in_multirun, monkeypatch, launcher, allowed
 ):
     tasks = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
-    for name, value in (tasks | {"SLURM_JOB_ID": "7"}).items():
+    for name, value in (tasks | {"SLURM_JOB_ID": "7", "SLURM_NODEID": "0"}).items():
         monkeypatch.setenv(name, value)
     launched = in_multirun(launcher)
     trainer = _trainer(LoraCallback(LoraConfig(r=1)), environment=SLURMEnvironment(auto_requeue=False))
