@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,18 @@ from lora_lightning.errors import LoraConfigError, did_you_mean
 from lora_lightning.reports import RunRecorder, closing_table, loss_picture
 
 
-def train(cfg: DictConfig) -> float | None:
+def train(
+    cfg: DictConfig,
+    *,
+    overrides: Sequence[str] | None = None,
+    make_parts: Callable[[DictConfig], Parts] = make_parts,
+) -> float | None:
     """One run: measure, train, measure, and leave everything in its folder.
 
     Args:
         cfg: The composed configuration.
+        overrides: The settings that were given for it; None: those that Hydra was called with.
+        make_parts: Makes the task and the data module of a configuration.
 
     Returns:
         The value of ``cfg.optimized_metric``, for sweepers; None where that is null.
@@ -34,6 +42,7 @@ def train(cfg: DictConfig) -> float | None:
         LoraConfigError: The configuration or the data is wrong; nothing was trained or overwritten.
         AdapterError: An adapter or a checkpoint does not fit.
     """
+    overrides = list(HydraConfig.get().overrides.task if overrides is None else overrides)
     folder = Path(cfg.paths.output_dir)
     LoraConfig.from_dict(cfg.lora)  # before anything is loaded, written or moved
     checkpoint = run_folder.checkpoint_in(folder, cfg.ckpt_path, cfg.resume)
@@ -42,7 +51,7 @@ def train(cfg: DictConfig) -> float | None:
     prepare(cfg)
     if run_folder.is_first_process():
         _write_config(cfg, folder)
-        _say_whose_length(cfg)
+        _say_whose_length(cfg, overrides)
     recorder, announcement = RunRecorder(), Announcement()
     trainer: Trainer | None = None
     status = "failed"
@@ -61,10 +70,10 @@ def train(cfg: DictConfig) -> float | None:
             status = "interrupted"
         try:
             if run_folder.is_first_process():
-                _leave(cfg, folder, recorder, status, trainer)
+                _leave(cfg, overrides, folder, recorder, status, trainer)
         finally:
             trackers.finish(failed=status == "failed")
-    return _metric(cfg.optimized_metric, recorder.fields)
+    return _metric(cfg.optimized_metric, recorder.fields | _tested(trainer))
 
 
 def _fit(cfg: DictConfig, trainer: Trainer, parts: Parts, announcement: Announcement, checkpoint: Path | None) -> None:
@@ -85,9 +94,9 @@ def _write_config(cfg: DictConfig, folder: Path) -> None:
         Console().print(Syntax(text, "yaml", background_color="default"))
 
 
-def _say_whose_length(cfg: DictConfig) -> None:
+def _say_whose_length(cfg: DictConfig, overrides: Sequence[str]) -> None:
     """Other rows than the experiment's are trained for as long as the experiment says, which may not be meant."""
-    typed = {override.partition("=")[0] for override in HydraConfig.get().overrides.task}
+    typed = {override.partition("=")[0] for override in overrides}
     if "data" in typed and not typed & {"experiment", "trainer.max_steps", "trainer.max_epochs"}:
         Console().print(
             f"The length of this run is that of experiment={cfg.name}: {cfg.trainer.max_steps} steps. "
@@ -96,16 +105,26 @@ def _say_whose_length(cfg: DictConfig) -> None:
         )
 
 
-def _leave(cfg: DictConfig, folder: Path, recorder: RunRecorder, status: str, trainer: Trainer | None) -> None:
+def _leave(
+    cfg: DictConfig,
+    overrides: Sequence[str],
+    folder: Path,
+    recorder: RunRecorder,
+    status: str,
+    trainer: Trainer | None,
+) -> None:
     """Write result.json and the picture, give the adapter to the trackers and say where everything is."""
-    fields: dict[str, Any] = {"status": status, "overrides": list(HydraConfig.get().overrides.task), "seed": cfg.seed}
-    lora = None if trainer is None else next((c for c in trainer.callbacks if isinstance(c, LoraCallback)), None)  # type: ignore[attr-defined]
+    callbacks: list[Callback] = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]
+    fields: dict[str, Any] = {"status": status, "overrides": list(overrides), "seed": cfg.seed}
+    fields["ended_by"] = next((why for each in callbacks if (why := getattr(each, "ended_by", None))), None)
+    lora = next((each for each in callbacks if isinstance(each, LoraCallback)), None)
     if trainer is not None:
-        tested = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("test_")}
-        fields |= tested
+        fields |= _tested(trainer)
     if lora is not None and lora.adapter_path is not None:
         fields["adapter_path"] = str(lora.adapter_path)
         fields["best_adapter_path"] = None if lora.best_adapter_path is None else str(lora.best_adapter_path)
+    measured = (recorder.fields | fields).get(cfg.optimized_metric)
+    fields["value"] = measured if isinstance(measured, (int, float)) else None
     result = recorder.write_result(folder / "result.json", **fields)
     metrics = folder / "metrics.csv"
     if metrics.is_file():
@@ -119,6 +138,10 @@ def _leave(cfg: DictConfig, folder: Path, recorder: RunRecorder, status: str, tr
     if status == "finished":
         console.print(closing_table(content))
     console.print(f"Run folder: {result.parent}", soft_wrap=True)
+
+
+def _tested(trainer: Trainer) -> dict[str, float]:
+    return {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("test_")}
 
 
 def _metric(name: str | None, fields: dict[str, Any]) -> float | None:

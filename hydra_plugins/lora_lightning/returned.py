@@ -1,0 +1,70 @@
+"""What a job's function has returned, left in its folder for the sweep that has started it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+_RANKS = ("LOCAL_RANK", "RANK", "GLOBAL_RANK", "NODE_RANK")
+
+
+class ReturnedValue(Callback):
+    """Writes ``result.json`` with the status, the overrides, the seconds and the value, where a job has not done so.
+
+    A script of anybody's needs nothing of this package for that. What it has written into a ``result.json`` of its own
+    stays as it is, and these keys come beside it.
+    """
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Note what an earlier attempt has left."""
+        self._started = time.monotonic()
+        self._before = _changed_at(_result(config))
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Write what is missing. The other processes of a job were started into the same folder and leave it alone."""
+        if any(os.environ.get(name, "0") != "0" for name in _RANKS):
+            return
+        path = _result(config)
+        try:
+            left = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except ValueError:
+            return  # no JSON: it is somebody else's
+        if not isinstance(left, dict):
+            return
+        finished = job_return.status is JobStatus.COMPLETED
+        ours = {
+            "status": "finished" if finished else "failed",
+            "overrides": list(job_return.overrides or ()),
+            "seconds": time.monotonic() - self._started,
+            "value": _jsonable(job_return.return_value) if finished else None,
+        }
+        content = left | ours if _changed_at(path) == self._before else ours | left
+        if content != left:
+            beside = path.with_suffix(".json.tmp")
+            beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            beside.replace(path)
+
+
+def _result(config: DictConfig) -> Path:
+    return Path(config.hydra.runtime.output_dir) / "result.json"
+
+
+def _changed_at(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.is_file() else None
+
+
+def _jsonable(value: Any) -> Any:
+    """A value as JSON has it: a number that is not finite is null, what is no plain value its text."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if hasattr(value, "item"):  # a tensor or an array of one number
+        return _jsonable(value.item())
+    return value if isinstance(value, (int, str, type(None))) else repr(value)

@@ -1,0 +1,162 @@
+"""How a job of a sweep runs by itself: its command, its environment, and what comes back.
+
+A job is a program of its own, never a call in the sweep's process: Lightning starts the other ranks by the command line
+of the first, and that of a sweep would run the whole sweep again in each of them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.utils import get_args_parser
+from hydra.errors import HydraException
+
+from lora_lightning.errors import LoraConfigError
+from lora_lightning.sweeps import runs
+
+RETURNED = "hydra_plugins.lora_lightning.returned.ReturnedValue"
+_PATIENCE = 60.0  # seconds that a job has to save and end once its sweep was told to
+
+# What says which process of a group this one is. A job that found it would wait for processes that are not its own.
+_OTHERS = re.compile(
+    r"(LOCAL_|GLOBAL_|NODE_|GROUP_|ROLE_)?RANK|(LOCAL_|GROUP_|ROLE_)?WORLD_SIZE|MASTER_(ADDR|PORT)|PL_GLOBAL_SEED"
+    r"|PL_SEED_WORKERS|(TORCHELASTIC|SLURM|SRUN|PMI|PMIX|OMPI_COMM)_.*"
+)
+# Settings of Hydra that are about the sweep and not about a job.
+_OF_THE_SWEEP = re.compile(
+    r"[+~]*(hydra/(launcher|sweeper)(@.*)?|hydra\.(mode|run\.dir|sweep\.(dir|subdir)|job\.(num|id)|(launcher|sweeper)\b.*))"
+)
+
+
+class JobFailed(HydraException):
+    """A job of a sweep has ended without a result; Hydra prints it without a traceback."""
+
+
+def job_command(overrides: Sequence[str], folder: Path, *, argv: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The command of one job, which runs it in a folder of its own and as a single run.
+
+    Args:
+        overrides: The job's settings, as a sweeper gives them.
+        folder: Where it leaves everything; absolute.
+        argv: How the sweep was started; None: ``sys.argv``. Which configuration is read and Hydra's own settings are
+            those of the sweep.
+
+    Returns:
+        The program and its arguments.
+
+    Raises:
+        LoraConfigError: The sweep was not started from a script.
+    """
+    argv = sys.argv if argv is None else argv
+    given = get_args_parser().parse_args(list(argv[1:]))
+    flags = [
+        word
+        for flag in ("config_path", "config_name", "config_dir")
+        if (value := getattr(given, flag)) is not None
+        for word in (f"--{flag.replace('_', '-')}", value)
+    ]
+    of_hydra = [each for each in given.overrides if _is_of_hydra(each) and not _OF_THE_SWEEP.match(_key(each))]
+    return (
+        *_program(argv[0]),
+        *flags,
+        *of_hydra,
+        *overrides,
+        f"hydra.run.dir={quoted(str(folder))}",
+        f"++hydra.callbacks.lora_lightning._target_={RETURNED}",
+        "hydra.mode=RUN",
+    )
+
+
+def job_environment(sweep: Path, number: int) -> dict[str, str]:
+    """The environment of a job: this process's own, without what places it in a group of processes.
+
+    Args:
+        sweep: The folder of the sweep.
+        number: The job's number in it.
+    """
+    kept = {name: value for name, value in os.environ.items() if not _OTHERS.fullmatch(name)}
+    return kept | {runs.SWEEP: str(sweep), runs.JOB: str(number)}
+
+
+def run_alone(
+    overrides: Sequence[str], folder: Path, *, sweep: Path, number: int, argv: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Run one job as a process of its own, and wait for it.
+
+    Args:
+        overrides: The job's settings.
+        folder: Where it leaves everything; absolute.
+        sweep: The folder of the sweep.
+        number: The job's number in it.
+        argv: How the sweep was started; None: ``sys.argv``.
+
+    Returns:
+        What it left as its ``result.json``.
+
+    Raises:
+        JobFailed: It ended with an error or left no result; with the last lines that it printed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    job = runs.Job(number, tuple(overrides), folder)
+    with job.log.open("ab") as log:
+        process = subprocess.Popen(
+            job_command(overrides, folder, argv=argv),
+            env=job_environment(sweep, number),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            status = process.wait()
+        except BaseException:
+            process.terminate()
+            try:
+                process.wait(_PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            raise
+    result = runs.result_of(job)
+    if status or result is None:
+        lines = job.log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:]
+        ended = f"ended with status {status}" if status else "left no result.json"
+        raise JobFailed(f"Job {number} ({' '.join(overrides)}) {ended}. The end of {job.log}:\n" + "\n".join(lines))
+    return result
+
+
+def quoted(value: str) -> str:
+    r"""A value that Hydra reads as this very text.
+
+    >>> quoted("runs/it's")
+    "'runs/it\\'s'"
+    """
+    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + (r"\'" if found[2] else ""), value)
+    return "'" + escaped.replace("${", r"\${") + "'"
+
+
+def _program(path: str) -> tuple[str, ...]:
+    """How to start a script again: as the module it was started as, or by its file."""
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    file = Path(path).resolve()
+    if spec is not None and spec.origin is not None and Path(spec.origin).resolve() == file:
+        return (sys.executable, "-m", spec.name.removesuffix(".__main__"))
+    if not file.is_file():
+        raise LoraConfigError(
+            f"A sweep starts its script once for each job, and {path!r} is no file that could be started: "
+            "run it as `python <file> -m …`"
+        )
+    return (sys.executable, str(file))
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0]
+
+
+def _is_of_hydra(override: str) -> bool:
+    return _key(override).lstrip("+~").startswith(("hydra.", "hydra/"))
