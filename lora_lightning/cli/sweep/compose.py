@@ -1,0 +1,172 @@
+"""The jobs of a sweep composed and checked before any of them starts, with all that is wrong told at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import setup_globals
+from hydra.errors import HydraException
+from hydra.types import HydraContext
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
+
+from lora_lightning.config import LoraConfig
+from lora_lightning.errors import LoraConfigError
+from lora_lightning.sweeps.runs import Job
+
+_CALLBACK = ("lora_lightning.LoraCallback", "lora_lightning.callback.LoraCallback")
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A job, and what Hydra made of its overrides.
+
+    Attributes:
+        job: The job.
+        overrides: What the sweeper gave: those of the job, and ``hydra.*`` and ``sweep.*`` where there are any.
+        config: The whole configuration, with that of Hydra.
+    """
+
+    job: Job
+    overrides: tuple[str, ...]
+    config: DictConfig
+
+    @property
+    def settings(self) -> DictConfig:
+        """The configuration that the job's function gets."""
+        config = self.config.copy()
+        with read_write(config), open_dict(config):
+            del config["hydra"]
+        return config
+
+    def on(self, accelerator: str, devices: int) -> Composed:
+        """The same job on these devices."""
+        return replace(self, job=replace(self.job, accelerator=accelerator, devices=devices))
+
+
+def compose_jobs(
+    context: HydraContext, sweep: DictConfig, batch: Sequence[Sequence[str]], first: int
+) -> list[Composed]:
+    """Compose the jobs of a batch.
+
+    Args:
+        context: Hydra's, with its config loader.
+        sweep: The configuration of the sweep.
+        batch: The overrides of each job.
+        first: The number of the first job.
+
+    Raises:
+        LoraConfigError: Some cannot be composed, hold a LoRA configuration that is refused, or share a folder; with
+            all that is wrong.
+    """
+    setup_globals()
+    composed: list[Composed] = []
+    problems: list[tuple[int, str]] = []
+    for number, overrides in enumerate(batch, first):
+        try:
+            composed.append(_compose(context, sweep, tuple(overrides), number))
+        except (HydraException, OmegaConfBaseException, LoraConfigError) as error:
+            problems.append((number, str(error)))
+    problems += _shared_folders(composed)
+    refuse(problems, batch, first)
+    return composed
+
+
+def refuse(problems: Sequence[tuple[int, str]], batch: Sequence[Sequence[str]], first: int) -> None:
+    """Tell what is wrong with jobs, what several have in common once.
+
+    Args:
+        problems: Numbers of jobs and what is wrong with each.
+        batch: The overrides of each job.
+        first: The number of the first job.
+
+    Raises:
+        LoraConfigError: There are any.
+    """
+    if not problems:
+        return
+    numbers: dict[str, list[int]] = {}
+    for number, message in problems:
+        numbers.setdefault(message, []).append(number)
+    told = []
+    for message, those in numbers.items():
+        who = f"jobs {', '.join(map(str, those))}" if len(those) > 1 else f"job {those[0]}"
+        what = " ".join(batch[those[0] - first])
+        told.append(
+            f"  - {who} ({'as in ' if len(those) > 1 else ''}{what}): {message.strip()}".replace("\n", "\n    ")
+        )
+    count = len({number for number, _ in problems})
+    raise LoraConfigError(
+        f"{count} of {len(batch)} jobs cannot be run, so that nothing was started:\n" + "\n".join(told)
+    )
+
+
+@contextlib.contextmanager
+def hydra_config(config: DictConfig) -> Iterator[None]:
+    """A context in which ``${hydra:…}`` is read from a job's configuration."""
+    before = HydraConfig.instance().cfg
+    HydraConfig.instance().set_config(config)
+    try:
+        yield
+    finally:
+        HydraConfig.instance().cfg = before
+
+
+def own_overrides(overrides: Sequence[str]) -> tuple[str, ...]:
+    """The overrides that make a job what it is: those of Hydra and of the sweep itself left out."""
+    of_others = ("hydra.", "hydra/", "sweep.")
+    return tuple(each for each in overrides if not each.lstrip("+~").startswith(of_others))
+
+
+def _compose(context: HydraContext, sweep: DictConfig, overrides: tuple[str, ...], number: int) -> Composed:
+    config = context.config_loader.load_sweep_config(sweep, list(overrides))
+    with read_write(config), open_dict(config):
+        config.hydra.job.id = str(number)
+        config.hydra.job.num = number
+    with hydra_config(config):
+        folder = Path(os.path.abspath(Path(config.hydra.sweep.dir) / str(config.hydra.sweep.subdir)))
+        with read_write(config), open_dict(config):
+            config.hydra.runtime.output_dir = str(folder)
+    with hydra_config(config):
+        _check_lora(config)
+    return Composed(Job(number, own_overrides(overrides), folder), overrides, config)
+
+
+def _check_lora(config: DictConfig) -> None:
+    """Try the configuration of each `LoraCallback` that is to be built."""
+    for node in _nodes(OmegaConf.to_container(config, resolve=False), config):
+        given = node.get("config")
+        if given is not None:
+            LoraConfig.from_dict(OmegaConf.to_container(given, resolve=True))  # type: ignore[arg-type]
+
+
+def _nodes(plain: Any, node: Any) -> Iterator[DictConfig]:
+    if not isinstance(plain, dict):
+        return
+    if plain.get("_target_") in _CALLBACK:
+        yield node
+    for key, below in plain.items():
+        if isinstance(below, dict) and key != "hydra":
+            yield from _nodes(below, node[key])
+
+
+def _shared_folders(composed: Sequence[Composed]) -> list[tuple[int, str]]:
+    owners: dict[Path, Job] = {}
+    problems = []
+    for each in composed:
+        owner = owners.setdefault(each.job.folder, each.job)
+        if set(owner.overrides) != set(each.job.overrides):
+            problems.append(
+                (
+                    each.job.number,
+                    f"its folder {each.job.folder} is that of job {owner.number} as well: hydra.sweep.subdir has to "
+                    "tell jobs apart, as ${hydra.job.num} does",
+                )
+            )
+    return problems
