@@ -133,6 +133,10 @@ class SaveOnSignal(pl.Callback):
             self._before[number], self._owners[number] = handler, owner
             signal.signal(number, self._note)
 
+    def note(self, number: int) -> None:
+        """Take note of a signal that somebody else has got: in a thread of its own, a fit gets none."""
+        self._noted = self._noted or number
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             now = time.monotonic()

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_lightning.tasks.base import Task
 from lora_lightning.tasks.generate import generate_text
@@ -68,9 +69,12 @@ class CausalLM(Task):
         )
         self.max_new_tokens = max_new_tokens
         self.base = config
-        self.tokenizer = load_tokenizer(config)
-        self.model = load_model(config, "causal_lm")
+        self.tokenizer, self.model = self._load(config)
         self._route: Route | None = None
+
+    def _load(self, config: ModelConfig) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+        """The tokenizer and the network, which a subclass may have at hand."""
+        return load_tokenizer(config), load_model(config, "causal_lm")
 
     def on_train_start(self) -> None:
         """Find out anew how packed rows are to be run: model and strategy may not be those of the last fit."""
