@@ -26,6 +26,7 @@ class Player:
         error: What the job has ended with, if that was an error.
         ended: Whether its thread has ended.
         signal: The signal on which it is to save and end, or 0.
+        beside: How many other jobs there were at most while it ran.
     """
 
     def __init__(self, number: int, work: Callable[[Player], Any], context: Context) -> None:
@@ -34,6 +35,7 @@ class Player:
         self.error: BaseException | None = None
         self.ended = False
         self.signal = 0
+        self.beside = 0
         self._work = work
         self._answer: Any = None
         self._mine, self._back = threading.Semaphore(0), threading.Semaphore(0)

@@ -44,9 +44,8 @@ class Plan:
         if not isinstance(setting, Mapping):
             raise LoraConfigError(f"sweep.halving must be true, false, or the keys eta and first, got {setting!r}")
         if unknown := sorted({*setting} - {"eta", "first"}):
-            raise LoraConfigError(
-                f"sweep.halving has the keys eta and first, got {unknown[0]!r}{did_you_mean(unknown[0], ['eta', 'first'])}"
-            )
+            near = did_you_mean(unknown[0], ["eta", "first"])
+            raise LoraConfigError(f"sweep.halving has the keys eta and first, got {unknown[0]!r}{near}")
         plan = cls(**{str(key): value for key, value in setting.items() if value is not None})
         if not isinstance(plan.eta, int) or plan.eta < 2:
             raise LoraConfigError(f"sweep.halving.eta must be a whole number of at least 2, got {plan.eta!r}")
