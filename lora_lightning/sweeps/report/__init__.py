@@ -1,0 +1,53 @@
+"""What a sweep leaves: tables, pictures and the best adapter, made from its folder alone, without torch."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+
+from lora_lightning.sweeps.report.best import keep_best
+from lora_lightning.sweeps.report.collect import Sweep, check_metric, collect
+from lora_lightning.sweeps.report.tables import as_csv, as_markdown, as_table
+
+__all__ = ["Sweep", "as_table", "collect", "write_report"]
+
+CSV, MARKDOWN = "sweep.csv", "sweep.md"
+
+
+def write_report(folder: Path, *, metric: str | None = None, mode: str | None = None) -> Path:
+    """Write what a sweep says: ``sweep.csv``, ``sweep.md``, pictures in ``plots/`` and the best adapter in ``best/``.
+
+    It is made from the folder alone and can be made again at any time, while the sweep runs too: nothing in it depends
+    on when.
+
+    Args:
+        folder: The sweep's folder.
+        metric: What to compare jobs by; None: what the sweep says.
+        mode: ``min`` or ``max``: which end of the metric is good; None: what the sweep says.
+
+    Returns:
+        The path of ``sweep.md``.
+
+    Raises:
+        LoraConfigError: It is no folder of a sweep, no finished job reports the metric (``sweep.csv`` is written
+            then), or ``best/`` is somebody's own (all else is written then).
+    """
+    from lora_lightning.sweeps.report.plots import draw_all  # matplotlib
+
+    sweep = collect(folder, metric=metric, mode=mode)
+    _write(sweep.folder / CSV, as_csv(sweep))
+    check_metric(sweep)
+    report = sweep.folder / MARKDOWN
+    _write(report, as_markdown(sweep, draw_all(sweep)))
+    keep_best(sweep)
+    return report
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a text whole or not at all."""
+    aside = path.with_name(f".{path.name}-{secrets.token_hex(4)}.tmp")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -1,0 +1,222 @@
+"""A sweep in rows: for spreadsheets, for reading, for the screen."""
+
+from __future__ import annotations
+
+import csv
+import io
+import shlex
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lora_lightning.sweeps.report.collect import Row, Sweep
+from lora_lightning.sweeps.report.seeds import Setting, over_seeds
+from lora_lightning.sweeps.report.values import is_number, shown
+
+_LEFT = {"job", "jobs", "settings", "adapter", "why", ""}  # columns of words
+
+
+def as_csv(sweep: Sweep) -> str:
+    """All jobs, one a row: number, state, swept keys, metric, every number of the results, folder, adapter, reasons.
+
+    Missing is empty; a setting that is null says so.
+    """
+    numbers = {key for row in sweep.rows for key, value in row.result.items() if is_number(value)}
+    measured = sorted(numbers - {sweep.metric, *sweep.keys})
+    if sweep.metric in numbers and sweep.metric not in sweep.keys:
+        measured.insert(0, sweep.metric)
+    ends = ["folder", "adapter_path", "ended_by", "same_as", "reason"]
+    taken = {"number", "state", *measured, *ends}
+    headings = {key: f"{key} (setting)" if key in taken else key for key in sweep.keys}
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["number", "state", *headings.values(), *measured, *ends])
+    for row in sweep.rows:
+        adapter = final_adapter(row)
+        writer.writerow(
+            [
+                row.number,
+                row.state,
+                *(_cell(row.settings[key]) if key in row.settings else "" for key in headings),
+                *(_number(row.result.get(key)) for key in measured),
+                sweep.inside(row.folder),
+                "" if adapter is None else sweep.inside(adapter),
+                row.result.get("ended_by") or "",
+                "" if row.same_as is None else row.same_as,
+                "" if row.state in ("finished", "stopped") else row.reason,
+            ]
+        )
+    return file.getvalue()
+
+
+def as_markdown(sweep: Sweep, pictures: Sequence[str] = ()) -> str:
+    """The report for people: what was run, the jobs by their metric, settings over seeds, what has not finished.
+
+    Args:
+        sweep: The sweep.
+        pictures: Paths of pictures to show, as seen from the report.
+    """
+    parts = [f"# Sweep {sweep.name}"]
+    if sweep.command:
+        parts.append(f"```sh\n{shlex.join(sweep.command)}\n```")
+    parts.append(summary(sweep))
+    for section in _sections(sweep):
+        parts += [f"## {section.title}", *filter(None, [section.note]), _markdown_table(section)]
+    if pictures:
+        parts.append("## Pictures")
+        parts += [f"![{Path(picture).stem.replace('_', ' ')}]({picture.replace(' ', '%20')})" for picture in pictures]
+    return "\n\n".join(parts) + "\n"
+
+
+def as_table(sweep: Sweep, most: int = 20) -> RenderableType:
+    """The same for the screen; of many finished jobs, the best.
+
+    Args:
+        sweep: The sweep.
+        most: At most so many rows a table; how many more there are is said.
+    """
+    parts: list[RenderableType] = []
+    for section in _sections(sweep):
+        table = Table(title=section.title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+        for heading in section.headings:
+            words = heading in _LEFT
+            table.add_column(heading, justify="left" if words else "right", overflow="fold", no_wrap=not words)
+        for line in section.lines[:most]:
+            table.add_row(*map(Text, line), style="bold green" if line[0] == "best" else "")
+        parts.append(table)
+        if len(section.lines) > most:
+            parts.append(Text(f"… and {len(section.lines) - most} more in sweep.md"))
+        parts.append(Text())
+    return Group(*parts, Text(summary(sweep)))
+
+
+def summary(sweep: Sweep) -> str:
+    """How many jobs there are in which state, and which is the best."""
+    counts = {state: len(sweep.of_state(state)) for state in dict.fromkeys(row.state for row in sweep.rows)}
+    words = {"same": "not run since another has its settings", "stopped": "stopped by the sweep"}
+    jobs = f"{len(sweep.rows)} job{'s' * (len(sweep.rows) != 1)}"
+    text = f"{jobs}: {', '.join(f'{count} {words.get(state, state)}' for state, count in counts.items())}."
+    missing = len(sweep.of_state("unfinished", "not started", "interrupted"))
+    if missing:
+        text += f" {missing} {'are' if missing != 1 else 'is'} missing here: the sweep is still running or was ended."
+    best = sweep.best
+    if best is not None:
+        kind = "higher" if sweep.mode == "max" else "lower"
+        label = f" ({sweep.label(best)})" if sweep.label(best) else ""
+        text += f" Best by {sweep.metric} ({kind} is better): job {best.number}{label} with {shown(best.metric)}."
+    return text
+
+
+def final_adapter(row: Row) -> Path | None:
+    """The adapter that a job has ended with, also where the sweep's folder was moved; None where there is none."""
+    path = Path(row.result.get("adapter_path") or "adapter")
+    inside = (row.folder.joinpath(*path.parts[-length:]) for length in range(1, len(path.parts)))
+    places = [*inside, row.folder / path]
+    return next((place for place in places if (place / "adapter_config.json").is_file()), None)
+
+
+class _Section(NamedTuple):
+    title: str
+    headings: list[str]
+    lines: list[list[str]]
+    note: str = ""
+
+
+def _sections(sweep: Sweep) -> list[_Section]:
+    sections = [_jobs(sweep)] if sweep.ranked else []
+    sections += [_over_seeds(sweep)] if sweep.seed_keys and sweep.metric is not None else []
+    kinds: dict[str, tuple[str, Callable[[Row], bool]]] = {
+        "Stopped by the sweep": ("at the metric that they had then", lambda row: row.state == "stopped"),
+        "Failed": ("", lambda row: row.state == "failed"),
+        "Not finished": ("", lambda row: row.state in ("interrupted", "unfinished", "not started")),
+        "Equal settings": ("run once", lambda row: row.state == "same"),
+    }
+    for title, (note, belongs) in kinds.items():
+        if rows := [row for row in sweep.rows if belongs(row)]:
+            sections.append(_others(sweep, title, note, rows))
+    return sections
+
+
+def _jobs(sweep: Sweep) -> _Section:
+    """The finished jobs, the best first; what no job has anything to say of is left out."""
+    columns: list[tuple[str, Callable[[Row], str | None]]] = [
+        ("", lambda row: "best" if row is sweep.best else None),
+        ("job", lambda row: str(row.number)),
+        *((sweep.short[key], partial(_setting, key)) for key in sweep.keys),
+        *([(sweep.metric, _metric)] if sweep.metric is not None else []),
+        ("trainable parameters", partial(_result, "trainable_parameters", "{:,.0f}", 1.0)),
+        ("seconds", partial(_result, "seconds", "{:,.1f}", 1.0)),
+        ("peak memory", partial(_result, "peak_memory_bytes", "{:.2f} GiB", 2**-30)),
+        ("ended by", lambda row: row.result.get("ended_by")),
+        ("adapter", lambda row: None if (path := final_adapter(row)) is None else sweep.inside(path)),
+    ]
+    filled = [(heading, [cell(row) for row in sweep.ranked]) for heading, cell in columns]
+    kept = [(heading, cells) for heading, cells in filled if any(cell is not None for cell in cells)]
+    lines = zip(*(cells for _, cells in kept), strict=True)
+    return _Section("Jobs", [heading for heading, _ in kept], [[cell or "" for cell in line] for line in lines])
+
+
+def _over_seeds(sweep: Sweep) -> _Section:
+    """Every setting over its seeds."""
+    headings = ["", *(sweep.short[key] for key in sweep.setting_keys), str(sweep.metric), "n", "jobs"]
+
+    def line(rank: int, each: Setting) -> list[str]:
+        spread = "" if each.deviation is None else f" ± {each.deviation:.2g}"
+        mean = "not finite" if each.mean is None else f"{shown(each.mean)}{spread}"
+        values = [shown(each.settings[key]) if key in each.settings else "" for key in sweep.setting_keys]
+        best = "best" if rank == 0 and each.mean is not None else ""
+        return [best, *values, mean, str(each.values), ", ".join(map(str, each.numbers))]
+
+    settings = over_seeds(sweep)
+    return _Section(
+        f"Settings over {' and '.join(sweep.short[key] for key in sweep.seed_keys)}",
+        headings,
+        [line(rank, each) for rank, each in enumerate(settings)],
+        "Mean ± standard deviation (of a sample, n - 1) over the finished jobs; n of them have a finite value.",
+    )
+
+
+def _others(sweep: Sweep, title: str, note: str, rows: list[Row]) -> _Section:
+    stopped = title == "Stopped by the sweep" and sweep.metric is not None
+    headings = ["job", "settings", *([str(sweep.metric)] if stopped else []), "why"]
+
+    def line(row: Row) -> list[str]:
+        why = f"as job {row.same_as}" if row.same_as is not None else row.reason or row.state
+        return [str(row.number), sweep.label(row), *([_metric(row)] if stopped else []), why]
+
+    return _Section(title, headings, [line(row) for row in rows], note.capitalize() + "." * bool(note))
+
+
+def _markdown_table(section: _Section) -> str:
+    def row(cells: Iterable[str]) -> str:
+        return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
+
+    rules = ["---" if heading in _LEFT else "---:" for heading in section.headings]
+    marked = [[f"**{line[0]}**", *line[1:]] if line[0] == "best" else line for line in section.lines]
+    return "\n".join([row(section.headings), row(rules), *map(row, marked)])
+
+
+def _setting(key: str, row: Row) -> str:
+    return shown(row.settings[key]) if key in row.settings else ""
+
+
+def _metric(row: Row) -> str:
+    return "not finite" if row.metric is None else shown(row.metric)
+
+
+def _result(key: str, form: str, scale: float, row: Row) -> str | None:
+    value = row.result.get(key)
+    return None if value is None or not is_number(value) else form.format(value * scale)
+
+
+def _cell(value: Any) -> str:
+    return repr(value) if isinstance(value, float) else shown(value)
+
+
+def _number(value: Any) -> str:
+    return repr(value) if is_number(value) else ""
