@@ -12,9 +12,12 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
+from transformers import PreTrainedTokenizerBase
 
 from lora_lightning.cli.quiet import quieten
+from lora_lightning.data.module import DataModule
 from lora_lightning.errors import AdapterError, LoraConfigError
+from lora_lightning.sweeps.runs import current_sweep
 from lora_lightning.tasks import ModelConfig, load_tokenizer
 
 
@@ -55,7 +58,7 @@ def make(node: DictConfig, **objects: Any) -> Any:
 
 def prepare(cfg: DictConfig) -> None:
     """Settle what holds for the whole process: the seed and the number of torch's threads."""
-    quieten()
+    quieten(bars=current_sweep() is None)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     seed_everything(cfg.seed, workers=True, verbose=False)
@@ -68,7 +71,7 @@ def make_parts(cfg: DictConfig) -> Parts:
         LoraConfigError: Anything about them that the configuration has wrong.
     """
     model = ModelConfig.of(OmegaConf.to_container(cfg.model, resolve=True))  # type: ignore[arg-type]  # a group is a dict
-    data = make(cfg.data, tokenizer=load_tokenizer(model))
+    data = make_data(cfg, load_tokenizer(model), keep=current_sweep() is not None)
     live: dict[str, Any] = {
         "model": model,
         "optimizer": None if cfg.optimizer is None else partial_of(cfg.optimizer),
@@ -78,6 +81,27 @@ def make_parts(cfg: DictConfig) -> Parts:
     if getattr(data, "num_labels", None) is not None:
         live |= {"num_labels": data.num_labels, "label_names": getattr(data, "label_names", None)}
     return Parts(make(cfg.task, **live), data)
+
+
+def make_data(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, *, keep: bool) -> LightningDataModule:
+    """The data module.
+
+    Args:
+        cfg: The composed configuration.
+        tokenizer: For its rows.
+        keep: Whether ``cache: auto`` keeps tokenised rows on disk; those of a stream, and of a data module that cannot
+            say what they are made of, are not kept even so.
+    """
+    if cfg.data.get("cache") != "auto":
+        return make(cfg.data, tokenizer=tokenizer)
+    return make(cfg.data, tokenizer=tokenizer, cache=keep and can_be_kept(cfg))
+
+
+def can_be_kept(cfg: DictConfig) -> bool:
+    """Whether the data set is one whose tokenised rows can lie on disk."""
+    kind = partial_of(cfg.data).func
+    known = isinstance(kind, type) and issubclass(kind, DataModule) and kind.content is not DataModule.content
+    return known and not cfg.data.get("streaming", False)
 
 
 def make_callbacks(cfg: DictConfig) -> list[Callback]:

@@ -41,11 +41,15 @@ class RunProgress(RichProgressBar):
 class Announcement(Callback):
     """Prints the first table once the adapter is in place, and remembers where the last validation was.
 
+    Args:
+        quiet: Print no table.
+
     Attributes:
         validated_at: The optimizer step after which the last validation of the fit ran, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
         self.validated_at: int | None = None
         self._announced = False
 
@@ -63,7 +67,7 @@ class Announcement(Callback):
             self.validated_at = trainer.global_step
 
     def _announce(self, trainer: Trainer) -> None:
-        if self._announced:
+        if self._announced or self.quiet:
             return
         self._announced = True
         report = next((each.report for each in trainer.callbacks if isinstance(each, LoraCallback)), None)  # type: ignore[attr-defined]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import warnings
 
+from transformers.utils import logging as transformers_logging
+
 # Known and meant: Hydra writes into the run's folder first; the others are between Lightning and its own parts.
 _WARNINGS = (
     r"Experiment logs directory .* exists and is not empty",
@@ -14,12 +16,14 @@ _WARNINGS = (
 _MESSAGES = ("💡 Tip:", "Loading `train_dataloader` to estimate")
 
 
-def quieten() -> None:
-    """Drop some of Lightning's messages, in this process only."""
+def quieten(*, bars: bool = True) -> None:
+    """Drop some of Lightning's messages, in this process only; without ``bars``, those of loading a model as well."""
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(_PASSING)
+    if not bars:
+        transformers_logging.disable_progress_bar()
 
 
 class _Passing(logging.Filter):

@@ -16,6 +16,8 @@ from lora_lightning.callback import LoraCallback
 from lora_lightning.cli import loggers as trackers
 from lora_lightning.cli import run_folder
 from lora_lightning.cli.build import Parts, make_callbacks, make_loggers, make_parts, make_trainer, prepare, resolved
+from lora_lightning.cli.ended import ended_by
+from lora_lightning.cli.in_sweep import as_job, hush, job_callbacks, reports_wanted
 from lora_lightning.cli.progress import Announcement
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import LoraConfigError, did_you_mean
@@ -43,6 +45,7 @@ def train(
         AdapterError: An adapter or a checkpoint does not fit.
     """
     overrides = list(HydraConfig.get().overrides.task if overrides is None else overrides)
+    cfg = as_job(cfg)
     folder = Path(cfg.paths.output_dir)
     LoraConfig.from_dict(cfg.lora)  # before anything is loaded, written or moved
     checkpoint = run_folder.checkpoint_in(folder, cfg.ckpt_path, cfg.resume)
@@ -52,12 +55,13 @@ def train(
     if run_folder.is_first_process():
         _write_config(cfg, folder)
         _say_whose_length(cfg, overrides)
-    recorder, announcement = RunRecorder(), Announcement()
+    recorder, announcement = RunRecorder(), Announcement(quiet=not reports_wanted(cfg))
     trainer: Trainer | None = None
     status = "failed"
     try:
         parts = make_parts(cfg)
-        callbacks: list[Callback] = make_callbacks(cfg)
+        hush(cfg, parts.data)
+        callbacks = job_callbacks(cfg, make_callbacks(cfg))
         recorder = next((each for each in callbacks if isinstance(each, RunRecorder)), recorder)
         callbacks += [each for each in (recorder, announcement) if each not in callbacks]
         trainer = make_trainer(cfg, callbacks, make_loggers(cfg))
@@ -116,7 +120,7 @@ def _leave(
     """Write result.json and the picture, give the adapter to the trackers and say where everything is."""
     callbacks: list[Callback] = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]
     fields: dict[str, Any] = {"status": status, "overrides": list(overrides), "seed": cfg.seed}
-    fields["ended_by"] = next((why for each in callbacks if (why := getattr(each, "ended_by", None))), None)
+    fields["ended_by"] = ended_by(trainer) if status == "finished" else None
     lora = next((each for each in callbacks if isinstance(each, LoraCallback)), None)
     if trainer is not None:
         fields |= _tested(trainer)
@@ -126,8 +130,8 @@ def _leave(
     measured = (recorder.fields | fields).get(cfg.optimized_metric)
     fields["value"] = measured if isinstance(measured, (int, float)) else None
     result = recorder.write_result(folder / "result.json", **fields)
-    metrics = folder / "metrics.csv"
-    if metrics.is_file():
+    metrics, reports = folder / "metrics.csv", reports_wanted(cfg)
+    if metrics.is_file() and reports:
         before = recorder.fields["val_loss_before"]
         loss_picture(metrics, folder / "loss.png", val_loss_before=before, earlier=run_folder.kept(metrics))
     content = recorder.fields | fields
@@ -135,7 +139,7 @@ def _leave(
         kept = ("val_loss_before", "val_loss", "trainable_parameters", "total_parameters", "steps", "seed")
         trackers.log_adapter(trainer.loggers, Path(fields["adapter_path"]), {key: content[key] for key in kept})
     console = Console()
-    if status == "finished":
+    if status == "finished" and reports:
         console.print(closing_table(content))
     console.print(f"Run folder: {result.parent}", soft_wrap=True)
 

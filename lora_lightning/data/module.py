@@ -133,6 +133,10 @@ class DataModule(LightningDataModule):
             Console().print(self.describe())
             self._told = True
 
+    def keep_quiet(self) -> None:
+        """Tell nothing of the rows before training."""
+        self._told = True
+
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled batches, the same for the same seed, epoch and number of ranks."""
         train, (rank, world) = self.loaded.train, self._share()
