@@ -19,6 +19,8 @@ from lora_lightning.layers.group import LoraGroup
 from lora_lightning.layers.hazards import why_not
 from lora_lightning.layers.made import made_class
 from lora_lightning.layers.norm import FORMULAS, LoraNorm, LoraNormRoundingLast
+from lora_lightning.layers.packed import PackedLoraLinear
+from lora_lightning.layers.packed_gated import PackedGated
 from lora_lightning.layers.rotary import LoraRotary
 
 
@@ -39,7 +41,7 @@ def compute_apart(root: nn.Module) -> None:
     """Undo :func:`compute_together`; layers leave their groups when they lose their adapters."""
     for module in root.modules():
         plain = plain_class(module)
-        if plain is not None and isinstance(module, (LoraGated, LoraNorm, LoraRotary)):
+        if plain is not None and isinstance(module, (LoraGated, PackedGated, LoraNorm, LoraRotary)):
             module.__class__ = plain  # type: ignore[assignment]
 
 
@@ -51,7 +53,7 @@ def _group(parent: nn.Module, parents: Counter[int]) -> None:
         parts = [parent._modules.get(name) for name in names]
         if any(getattr(part, "inplace", False) for part in parts):
             continue  # an activation that writes into what the others are called on
-        layers = [part for part in parts if isinstance(part, (LoraLinear, DoraLinear))]
+        layers = [part for part in parts if isinstance(part, _SHARING)]
         # A layer that has another parent too may be called without the rest of its group.
         layers = [layer for layer in layers if _shares(layer) and not layer.lora_group and parents[id(layer)] == 1]
         if len(layers) > 1 and len({layer.in_features for layer in layers}) == 1:
@@ -62,11 +64,12 @@ def _group(parent: nn.Module, parents: Counter[int]) -> None:
 
 def _shares(layer: nn.Module | None) -> bool:
     """Whether a layer's forward is one that can share work; all of one model are of one variant."""
-    return getattr(type(layer), "forward", None) in (LoraLinear.forward, DoraLinear.forward)
+    return getattr(type(layer), "forward", None) in [kind.forward for kind in _SHARING]
 
 
-def _computes_itself(layer: nn.Module | None) -> bool:
-    return getattr(type(layer), "forward", None) is LoraLinear.forward
+_SHARING = (LoraLinear, DoraLinear, PackedLoraLinear)
+_GATED = {LoraLinear: LoraGated, PackedLoraLinear: PackedGated}
+"""What a gated block becomes whose layers are of a kind."""
 
 
 def _over(module: nn.Module) -> type[nn.Module] | None:
@@ -75,22 +78,20 @@ def _over(module: nn.Module) -> type[nn.Module] | None:
     over: type[nn.Module] | None
     if not module._modules:
         over = _norm_over(module, kind)
-    elif _is_gated(module, kind):
-        over = LoraGated
+    elif (gated := _gated_over(module, kind)) is not None:
+        over = gated
     else:
         over = LoraRotary if _rotates(kind) else None
     return over if over is not None and why_not(module) is None else None
 
 
-def _is_gated(module: nn.Module, kind: type) -> bool:
+def _gated_over(module: nn.Module, kind: type) -> type[nn.Module] | None:
     if "down_proj" not in module._modules:
-        return False
+        return None
     parts = [module._modules.get(name) for name in ("gate_proj", "up_proj", "down_proj")]
-    return (
-        all(map(_computes_itself, parts))
-        and activation_of(module._modules.get("act_fn")) is not None
-        and is_formula(kind, FORMULA)
-    )
+    forwards = {getattr(type(part), "forward", None) for part in parts}
+    known = activation_of(module._modules.get("act_fn")) is not None and is_formula(kind, FORMULA)
+    return next((over for each, over in _GATED.items() if known and forwards == {each.forward}), None)
 
 
 def _norm_over(module: nn.Module, kind: type) -> type[LoraNorm] | None:

@@ -1,0 +1,90 @@
+"""What a job computes alone, for comparison: its own model in its own memory, its own random state."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import contextmanager
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lora_lightning import LoraConfig, inject_lora
+from lora_lightning.sweeps.packed.shell import shell_of
+from lora_lightning.tasks.loss import IGNORED, causal_lm_loss
+
+VOCABULARY = 64
+ALL = "all-linear"
+
+
+def tiny_llama(dtype=torch.float64, **settings):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        **settings,
+    )
+    return LlamaForCausalLM(config).to(dtype).train()
+
+
+def adapted(model, config, seed=0):
+    """Inject, and move the adapter so that it is not the identity."""
+    inject_lora(model, LoraConfig(**config), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return model
+
+
+class Twins:
+    """Jobs on shells of one base, and each of them on a copy of the base of its own."""
+
+    def __init__(self, base, configs):
+        self.solo = [adapted(copy.deepcopy(base), config, seed) for seed, config in enumerate(configs)]
+        self.shells = [adapted(shell_of(base), config, seed) for seed, config in enumerate(configs)]
+        self.states = [torch.Generator().manual_seed(100 + seed).get_state() for seed in range(len(configs))]
+        self.packed_states = list(self.states)
+
+    @contextmanager
+    def drawing(self, slot):
+        before = torch.get_rng_state()
+        torch.set_rng_state(self.packed_states[slot])
+        try:
+            yield
+        finally:
+            self.packed_states[slot] = torch.get_rng_state()
+            torch.set_rng_state(before)
+
+    def alone(self, slot, batch, *, train=True):
+        """The loss, the number of labels, and gradients by name, of a job by itself."""
+        model = self.solo[slot].train(train)
+        model.zero_grad()
+        torch.set_rng_state(self.states[slot])
+        with torch.set_grad_enabled(train):
+            loss = causal_lm_loss(model, batch)
+        if train:
+            loss.total.backward()
+        self.states[slot] = torch.get_rng_state()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad} if train else {}
+        return loss.total.detach(), loss.terms, grads
+
+
+def batch(rows, width, seed=0, masked=True):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, VOCABULARY, (rows, width), generator=generator)
+    lengths = torch.randint(2, width + 1, (rows,), generator=generator)
+    lengths[0] = width
+    mask = (torch.arange(width) < lengths[:, None]).long()
+    labels = torch.where(mask.bool() & (torch.rand(ids.shape, generator=generator) < 0.7), ids, IGNORED)
+    found = {"input_ids": ids * mask, "labels": labels}
+    return found | {"attention_mask": mask} if masked else found
+
+
+def by_name(model, gradients):
+    """Gradients of a packed loss by the names of the parameters."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {names[id(p)]: grad for p, grad in gradients}
