@@ -1,0 +1,113 @@
+"""What every search needs: where it leaves its files, and a launcher that runs jobs under numbers of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from lora_lightning.errors import LoraConfigError
+from lora_lightning.sweeps.locks import holder, lock
+
+LOCK = ".search.lock"
+RESULTS = "optimization_results.yaml"
+
+
+class SearchRun:
+    """A search as Hydra has set it up.
+
+    Args:
+        launcher: Any of Hydra's.
+        loader: Hydra's, which composes the configurations of jobs.
+        config: Of the sweep.
+
+    Attributes:
+        folder: Where the search and all its jobs leave everything; absolute.
+        loader: As given.
+    """
+
+    def __init__(self, launcher: Launcher, loader: ConfigLoader, config: DictConfig) -> None:
+        self.folder = Path(config.hydra.sweep.dir).absolute()
+        self.loader = loader
+        self._launcher = launcher
+        self._config = config
+
+    @contextlib.contextmanager
+    def begun(self) -> Iterator[None]:
+        """Hold the folder, which is made, and leave the configuration of the sweep in it.
+
+        Raises:
+            LoraConfigError: Another process holds it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        descriptor = lock(self.folder / LOCK, f"process {os.getpid()}")
+        if descriptor is None:
+            who = holder(self.folder / LOCK) or "another process"
+            raise LoraConfigError(
+                f"{self.folder}: this search is being run by {who} at this moment. Wait until it ends"
+            )
+        try:
+            OmegaConf.save(self._config, self.folder / "multirun.yaml")
+            yield
+        finally:
+            os.close(descriptor)
+
+    def jobs_at_once(self) -> int | None:
+        """How many jobs the launcher runs at once, where it says so."""
+        say = getattr(self._launcher, "jobs_at_once", None)
+        return say() if callable(say) else None
+
+    def launch(self, jobs: Mapping[int, Sequence[str]]) -> dict[int, JobReturn]:
+        """Run jobs, each under its number.
+
+        Args:
+            jobs: The overrides of each.
+
+        Returns:
+            What came of each. Launchers number what they are given from a first number on, so that jobs with a gap
+            between their numbers are launched one group after the other.
+        """
+        returns: dict[int, JobReturn] = {}
+        for numbers in _in_a_row(sorted(jobs)):
+            came = self._launcher.launch([list(jobs[number]) for number in numbers], initial_job_idx=numbers[0])
+            returns |= dict(zip(numbers, came, strict=True))
+        return returns
+
+    def composed(self, number: int, overrides: Sequence[str]) -> DictConfig:
+        """The configuration of a job, as its launcher composes it."""
+        config = self.loader.load_sweep_config(self._config, list(overrides))
+        with open_dict(config):
+            config.hydra.job.num = number
+            config.hydra.job.id = str(number)
+        return config
+
+    def folder_of(self, number: int, overrides: Sequence[str]) -> Path:
+        """Where a job leaves everything; absolute."""
+        config = self.composed(number, overrides)
+        return Path(config.hydra.sweep.dir).absolute() / config.hydra.sweep.subdir
+
+    def leave_results(self, **results: Any) -> None:
+        """Write what was best, as the sweepers of Hydra do."""
+        OmegaConf.save(OmegaConf.create(results), self.folder / RESULTS)
+
+
+def _in_a_row(numbers: Sequence[int]) -> list[list[int]]:
+    """Numbers in groups without gaps.
+
+    >>> _in_a_row([3, 4, 7])
+    [[3, 4], [7]]
+    """
+    groups: list[list[int]] = []
+    for number in numbers:
+        if groups and number == groups[-1][-1] + 1:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    return groups
