@@ -12,6 +12,7 @@ _COMMANDS = {
     "train": "train an adapter; settings in Hydra's way, as in lora.r=64 (`lora-train` for short)",
     "eval": "measure an adapter beside its base model: adapter=<folder> or ckpt_path=<file>",
     "to-adapter": "make an adapter folder from a checkpoint: <file> [<folder>]",
+    "sweep-report": "write and print what a sweep says: <folder> [--metric NAME] [--mode min|max]",
 }
 
 

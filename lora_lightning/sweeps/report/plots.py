@@ -63,7 +63,7 @@ def validation_curves(sweep: Sweep) -> Figure | None:
     if not curves:
         return None
     named, others = curves[:_NAMED], curves[_NAMED:]
-    figure, axes = new_sheet(9.0)
+    figure, axes = new_sheet(10.0)
     for _, curve in others:
         axes.plot(*zip(*curve, strict=True), color=GREY, alpha=0.5, linewidth=0.8, zorder=1)
     best = next((row for row, _ in named if row is sweep.best), None)
@@ -77,7 +77,9 @@ def validation_curves(sweep: Sweep) -> Figure | None:
     if others:
         handles += axes.plot([], [], color=GREY, linewidth=0.8)
         texts.append(f"{len(others)} more")
-    axes.set_ylim(*limits([value for _, curve in curves for _, value in curve], "min"))
+    # What a diverged job rises to is not worth the place; what all begin with is.
+    _, top = limits([curve[0][1] for _, curve in curves], "min")
+    axes.set_ylim(*limits([top, min(value for _, curve in curves for _, value in curve)], "min"))
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("validation loss")
     legend_beside(figure, handles, texts)
@@ -95,4 +97,4 @@ def _curve(row: Row) -> Points:
 def _name(sweep: Sweep, row: Row) -> str:
     mark = {"finished": "", "stopped": " (stopped)"}.get(row.state, f" ({row.state})")
     kind = "best: " if row is sweep.best else ""
-    return cut(f"{kind}job {row.number}{mark} {sweep.label(row)}".rstrip(), 44)
+    return cut(f"{kind}job {row.number}{mark} {sweep.label(row)}".rstrip(), 52)

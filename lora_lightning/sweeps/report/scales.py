@@ -62,9 +62,14 @@ def scale_of(key: str, values: Iterable[Any]) -> Scale:
     name, positive = key.rpartition(".")[2], distinct[0] > 0
     if positive and name in ("r", "rank", "lora_alpha", "alpha", "batch_size"):
         return Scale("log2", distinct)
-    if positive and (name in ("lr", "learning_rate") or distinct[-1] / distinct[0] >= 50):
+    if positive and (name in ("lr", "learning_rate") or _crowded_at_zero(distinct)):
         return Scale("log10", distinct)
     return Scale("linear", distinct)
+
+
+def _crowded_at_zero(values: Sequence[float]) -> bool:
+    """Whether half of the values would lie in the first tenth of a linear axis."""
+    return values[len(values) // 2] - values[0] < 0.1 * (values[-1] - values[0])
 
 
 def limits(values: Sequence[float], mode: str) -> tuple[float, float]:

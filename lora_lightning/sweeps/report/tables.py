@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -18,7 +19,7 @@ from lora_lightning.sweeps.report.collect import Row, Sweep
 from lora_lightning.sweeps.report.seeds import Setting, over_seeds
 from lora_lightning.sweeps.report.values import is_number, shown
 
-_LEFT = {"job", "jobs", "settings", "adapter", "why", ""}  # columns of words
+_FIGURE = re.compile(r"[-+]?\d[\d.,e+-]*( ± .*| GiB)?|not finite|none|")  # columns of these stand to the right
 
 
 def as_csv(sweep: Sweep) -> str:
@@ -63,7 +64,8 @@ def as_markdown(sweep: Sweep, pictures: Sequence[str] = ()) -> str:
     """
     parts = [f"# Sweep {sweep.name}"]
     if sweep.command:
-        parts.append(f"```sh\n{shlex.join(sweep.command)}\n```")
+        program = [] if sweep.command[0].startswith("python") else ["python"]
+        parts.append(f"```sh\n{shlex.join([*program, *sweep.command])}\n```")
     parts.append(summary(sweep))
     for section in _sections(sweep):
         parts += [f"## {section.title}", *filter(None, [section.note]), _markdown_table(section)]
@@ -83,9 +85,8 @@ def as_table(sweep: Sweep, most: int = 20) -> RenderableType:
     parts: list[RenderableType] = []
     for section in _sections(sweep):
         table = Table(title=section.title, title_justify="left", box=None, header_style="bold", pad_edge=False)
-        for heading in section.headings:
-            words = heading in _LEFT
-            table.add_column(heading, justify="left" if words else "right", overflow="fold", no_wrap=not words)
+        for heading, right in zip(section.headings, section.right, strict=True):
+            table.add_column(heading, justify="right" if right else "left", overflow="fold", no_wrap=right)
         for line in section.lines[:most]:
             table.add_row(*map(Text, line), style="bold green" if line[0] == "best" else "")
         parts.append(table)
@@ -108,7 +109,8 @@ def summary(sweep: Sweep) -> str:
     if best is not None:
         kind = "higher" if sweep.mode == "max" else "lower"
         label = f" ({sweep.label(best)})" if sweep.label(best) else ""
-        text += f" Best by {sweep.metric} ({kind} is better): job {best.number}{label} with {shown(best.metric)}."
+        value = shown(best.metric, zeros=True)
+        text += f" Best by {sweep.metric} ({kind} is better): job {best.number}{label} with {value}."
     return text
 
 
@@ -125,6 +127,11 @@ class _Section(NamedTuple):
     headings: list[str]
     lines: list[list[str]]
     note: str = ""
+
+    @property
+    def right(self) -> list[bool]:
+        """Whether each column is one of figures."""
+        return [all(map(_FIGURE.fullmatch, column)) for column in zip(*self.lines, strict=True)]
 
 
 def _sections(sweep: Sweep) -> list[_Section]:
@@ -148,7 +155,7 @@ def _jobs(sweep: Sweep) -> _Section:
         ("", lambda row: "best" if row is sweep.best else None),
         ("job", lambda row: str(row.number)),
         *((sweep.short[key], partial(_setting, key)) for key in sweep.keys),
-        *([(sweep.metric, _metric)] if sweep.metric is not None else []),
+        *([(sweep.metric, partial(_metric, sweep))] if sweep.metric is not None else []),
         ("trainable parameters", partial(_result, "trainable_parameters", "{:,.0f}", 1.0)),
         ("seconds", partial(_result, "seconds", "{:,.1f}", 1.0)),
         ("peak memory", partial(_result, "peak_memory_bytes", "{:.2f} GiB", 2**-30)),
@@ -167,7 +174,7 @@ def _over_seeds(sweep: Sweep) -> _Section:
 
     def line(rank: int, each: Setting) -> list[str]:
         spread = "" if each.deviation is None else f" ± {each.deviation:.2g}"
-        mean = "not finite" if each.mean is None else f"{shown(each.mean)}{spread}"
+        mean = "not finite" if each.mean is None else f"{shown(each.mean, zeros=True)}{spread}"
         values = [shown(each.settings[key]) if key in each.settings else "" for key in sweep.setting_keys]
         best = "best" if rank == 0 and each.mean is not None else ""
         return [best, *values, mean, str(each.values), ", ".join(map(str, each.numbers))]
@@ -187,7 +194,7 @@ def _others(sweep: Sweep, title: str, note: str, rows: list[Row]) -> _Section:
 
     def line(row: Row) -> list[str]:
         why = f"as job {row.same_as}" if row.same_as is not None else row.reason or row.state
-        return [str(row.number), sweep.label(row), *([_metric(row)] if stopped else []), why]
+        return [str(row.number), sweep.label(row), *([_metric(sweep, row)] if stopped else []), why]
 
     return _Section(title, headings, [line(row) for row in rows], note.capitalize() + "." * bool(note))
 
@@ -196,7 +203,7 @@ def _markdown_table(section: _Section) -> str:
     def row(cells: Iterable[str]) -> str:
         return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
 
-    rules = ["---" if heading in _LEFT else "---:" for heading in section.headings]
+    rules = ["---:" if right else "---" for right in section.right]
     marked = [[f"**{line[0]}**", *line[1:]] if line[0] == "best" else line for line in section.lines]
     return "\n".join([row(section.headings), row(rules), *map(row, marked)])
 
@@ -205,8 +212,10 @@ def _setting(key: str, row: Row) -> str:
     return shown(row.settings[key]) if key in row.settings else ""
 
 
-def _metric(row: Row) -> str:
-    return "not finite" if row.metric is None else shown(row.metric)
+def _metric(sweep: Sweep, row: Row) -> str:
+    if row.metric is not None:
+        return shown(row.metric, zeros=True)
+    return "not finite" if sweep.metric in row.result else "none"
 
 
 def _result(key: str, form: str, scale: float, row: Row) -> str | None:

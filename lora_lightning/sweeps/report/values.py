@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+_EXPONENT = re.compile(r"e\+?(-?)0*(\d)")
 _WORDS = {"null": None, "true": True, "false": False}
 
 
@@ -47,14 +48,19 @@ def order(value: Any) -> tuple[int, Any]:
     return (0, value) if is_number(value) and value == value else (1, shown(value))
 
 
-def shown(value: Any) -> str:
+def shown(value: Any, *, zeros: bool = False) -> str:
     """A value for people, as it would be typed.
+
+    Args:
+        value: What a setting or a result holds.
+        zeros: Whether zeros at the end of a fraction stay, so that numbers below each other are equally exact.
 
     >>> [shown(value) for value in (8, 0.001, 3e-05, True, None, "all-linear")]
     ['8', '0.001', '3e-5', 'true', 'null', 'all-linear']
     """
     if isinstance(value, float):
-        return re.sub(r"e([+-])0*(\d)", lambda found: f"e{found[1].replace('+', '')}{found[2]}", f"{value:.5g}")
+        text = f"{value:#.5g}" if zeros else f"{value:.5g}"
+        return _EXPONENT.sub(r"e\1\2", text)
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)
