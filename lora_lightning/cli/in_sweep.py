@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from lora_lightning.data.module import DataModule
 from lora_lightning.reports import SampleWriter
 from lora_lightning.sweeps import manifest
+from lora_lightning.sweeps.pruning import pruning_in
 from lora_lightning.sweeps.runs import current_sweep
 from lora_lightning.sweeps.status import StatusFile
 
@@ -45,11 +46,12 @@ def as_job(cfg: DictConfig) -> DictConfig:
 
 
 def job_callbacks(cfg: DictConfig, callbacks: list[Callback]) -> list[Callback]:
-    """The callbacks that a run has: as a job of a sweep without bars and samples, and with its status file."""
+    """The callbacks that a run has: as a job of a sweep without bars and samples, with its status file and pruning."""
     if current_sweep() is None:
         return callbacks
     unwanted = (ProgressBar,) if reports_wanted(cfg) else (ProgressBar, SampleWriter)
-    return [each for each in callbacks if not isinstance(each, unwanted)] + [StatusFile(cfg.paths.output_dir)]
+    kept = [each for each in callbacks if not isinstance(each, unwanted)]
+    return [*kept, StatusFile(cfg.paths.output_dir), *pruning_in(Path(cfg.paths.output_dir))]
 
 
 def hush(cfg: DictConfig, data: LightningDataModule) -> None:

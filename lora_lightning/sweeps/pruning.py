@@ -49,7 +49,8 @@ class PruneTrial(Callback):
             storage.set_trial_intermediate_value(trial_id, step, self._value(trainer))
         pruner = made_of(note.pruner, PRUNERS)
         study = optuna.load_study(study_name=note.name, storage=storage, pruner=pruner)
-        hopeless = pruner.prune(study, storage.get_trial(trial_id))
+        at_its_end = step >= trainer.estimated_stepping_batches  # nothing would be saved
+        hopeless = not at_its_end and pruner.prune(study, storage.get_trial(trial_id))
         if hopeless:
             storage.set_trial_user_attr(trial_id, PRUNED, step)
         return hopeless

@@ -13,7 +13,6 @@ from lora_lightning.cli.search.run import SearchRun
 from lora_lightning.cli.search.space import Space, parse_space, parsed_values
 from lora_lightning.cli.search.trials import FAILED, TWIN, Trials, named
 from lora_lightning.errors import LoraConfigError
-from lora_lightning.sweeps.study import STUDY, Note
 
 _HOPE = 3  # so many trials may fail at the start before the search is given up
 
@@ -62,9 +61,10 @@ class OptunaSearch:
     def _run_jobs(self, jobs: Mapping[int, FrozenTrial]) -> None:
         """Run trials, by the number of their job, and tell the study what came of each."""
         overrides = {number: self._overrides(trial) for number, trial in jobs.items()}
-        if self._options.pruner is not None:
+        if (pruner := self._options.pruner) is not None:
             for number, trial in jobs.items():
-                self._note(trial.number).write(self._run.folder_of(number, overrides[number]))
+                folder = self._run.folder_of(number, overrides[number])
+                self._trials.note(trial.number, self._options.monitor, pruner).write(folder)
         try:
             returns = self._run.launch(overrides)
         except (LoraConfigError, SystemExit):  # refused, and told or to be told
@@ -86,10 +86,6 @@ class OptunaSearch:
 
     def _texts(self, trial: FrozenTrial) -> list[str]:
         return [f"{key}={values.write(trial.params[key])}" for key, values in self._space.searched.items()]
-
-    def _note(self, trial: int) -> Note:
-        study = str(self._run.folder / STUDY)
-        return Note(study, self._trials.study.study_name, trial, self._options.monitor, self._options.pruner)
 
     # What to say of it
 

@@ -127,7 +127,7 @@ class _Stages:
     def _whole(self, number: int, overrides: Sequence[str]) -> str:
         """The configuration of a job without what is Hydra's, by which two jobs are the same."""
         config = self._run.composed(number, overrides)
-        return OmegaConf.to_yaml(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
+        return OmegaConf.to_yaml(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
 
     def _say(self, text: str) -> None:
         self._console.print(text, soft_wrap=True, highlight=False, markup=False)

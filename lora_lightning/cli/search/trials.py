@@ -6,14 +6,14 @@ A trial's number is optuna's. Its job has a number of its own, since a trial tha
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_lightning.cli.search.options import Options
 from lora_lightning.cli.search.space import Choices, Dimension, Space
 from lora_lightning.errors import LoraConfigError
-from lora_lightning.sweeps.study import PRUNED, STUDY, mend, open_storage
+from lora_lightning.sweeps.study import PRUNED, STUDY, Note, mend, open_storage
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -54,7 +54,7 @@ class Trials:
         self.study = optuna.create_study(
             storage=self._storage,
             study_name=names[0] if names else folder.name,
-            directions=options.directions,
+            directions=options.directions,  # type: ignore[arg-type]  # checked there
             load_if_exists=True,
         )
         self._check_is_same(space.described() | {"directions": options.directions})
@@ -135,6 +135,11 @@ class Trials:
             else:
                 self.fail(trial.number, f"it repeats trial {twin.number}, which failed")
 
+    def note(self, number: int, monitor: str, pruner: str | Mapping[str, Any]) -> Note:
+        """What the job of a trial has to know to report to the study."""
+        plain = pruner if isinstance(pruner, str) else dict(pruner)
+        return Note(str(self._path), self.study.study_name, number, monitor, plain)
+
     def forget_if_nothing_ran(self) -> None:
         """Take the study away where no trial has ended: a corrected command begins anew in the same folder."""
         if len(self.all()) == len(self.all("RUNNING")):
@@ -145,7 +150,7 @@ class Trials:
         first = {_values(trial): trial.number for trial in reversed(trials) if JOB in trial.user_attrs}
         job = 1 + max((trial.user_attrs.get(JOB, -1) for trial in trials), default=-1)
         self.study.sampler = self._options.make_sampler(self._space, len(trials))
-        new = []
+        new: list[int] = []
         for _ in range(wanted):
             trial = self.study.ask(self._distributions)
             twin = first.setdefault(_values(trial), trial.number)
@@ -181,7 +186,7 @@ def named(trial: FrozenTrial) -> str:
     return (f"trial {trial.number}" if job is None else f"job {job}") + f": {in_short(trial.params.items())}"
 
 
-def in_short(values: Sequence[tuple[str, Any]] | Any) -> str:
+def in_short(values: Iterable[tuple[str, Any]]) -> str:
     """Keys and values as one reads them."""
     return " ".join(f"{key.lstrip('+')}={f'{each:.6g}' if isinstance(each, float) else each}" for key, each in values)
 
