@@ -64,8 +64,12 @@ def prepare(cfg: DictConfig) -> None:
     seed_everything(cfg.seed, workers=True, verbose=False)
 
 
-def make_parts(cfg: DictConfig) -> Parts:
+def make_parts(cfg: DictConfig, **more: Any) -> Parts:
     """Load the tokenizer and the model, and make the data module that shares the tokenizer.
+
+    Args:
+        cfg: The composed configuration.
+        **more: What else the task takes.
 
     Raises:
         LoraConfigError: Anything about them that the configuration has wrong.
@@ -80,7 +84,7 @@ def make_parts(cfg: DictConfig) -> Parts:
     # What a classifier tells apart is the data's to say.
     if getattr(data, "num_labels", None) is not None:
         live |= {"num_labels": data.num_labels, "label_names": getattr(data, "label_names", None)}
-    return Parts(make(cfg.task, **live), data)
+    return Parts(make(cfg.task, **live, **more), data)
 
 
 def make_data(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, *, keep: bool) -> LightningDataModule:
