@@ -52,6 +52,18 @@ def demo_cache(demo_folder):
 
 
 @pytest.fixture
+def composed():
+    """Composes a shipped configuration: composed("lora.r=8", config="train")."""
+    from hydra import compose, initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    with initialize_config_module("lora_lightning.conf", version_base="1.3"):
+        yield lambda *overrides, config="train": compose(config, overrides=list(overrides))
+    GlobalHydra.instance().clear()
+
+
+@pytest.fixture
 def tokens():
     """Token numbers ``(2, 9)`` below 64."""
     return torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(3))
