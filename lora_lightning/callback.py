@@ -37,6 +37,7 @@ from lora_lightning.injection.state import (
 )
 from lora_lightning.optim import fuse, keep_trainable
 from lora_lightning.optim.by_kind import join_groups
+from lora_lightning.optim.fused import lay_alike
 from lora_lightning.strategies import AdapterState, hooks, rng, state_for
 from lora_lightning.strategies.allocator import keep_freed_memory
 from lora_lightning.strategies.averaging import attach_averaging, begin_averaging, detach_averaging
@@ -274,6 +275,7 @@ class LoraCallback(pl.Callback):
         if self is not callbacks[0] or not is_full(trainer.strategy):
             return
         state.synchronise(optimizer)
+        lay_alike(optimizer)
         for callback in callbacks:
             callback._look_at_first_step(state, optimizer, pl_module)
         skip = all(callback.on_nonfinite == "skip" for callback in callbacks)

@@ -37,6 +37,26 @@ def spread_like(value: Tensor, model: Tensor) -> Tensor:
     return distribute_tensor(there, mesh, placements, src_data_rank=None)
 
 
+def laid_as(value: Tensor, model: Tensor) -> Tensor:
+    """A plain tensor in the order of memory of another of its shape: itself, or a copy."""
+    if value.stride() == model.stride() or isinstance(value, DTensor) or isinstance(model, DTensor):
+        return value
+    return torch.empty_like(model, dtype=value.dtype, device=value.device, requires_grad=False).copy_(value.detach())
+
+
+def alone(tensor: Tensor) -> Tensor:
+    """A plain tensor with memory of its own, in order: itself, or a copy where it is a view into more or transposed.
+
+    What is saved of a view would be all of what it is a view of.
+    """
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
+        return tensor
+    whole_memory = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    if whole_memory and tensor.is_contiguous():
+        return tensor
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
 def same_kind(tensors: list[Tensor]) -> dict[object, list[int]]:
     """Positions of tensors by what a fused or foreach operation can take together: plain ones, or those of one mesh."""
     kinds: dict[object, list[int]] = {}

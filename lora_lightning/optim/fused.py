@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from lora_lightning.injection.tensors import laid_as
 from lora_lightning.optim.trainable_only import optimizers_in
 
 _CLASSES = (Adam, AdamW, SGD)  # these alone: a subclass may step in its own way
@@ -43,6 +44,25 @@ def fuse(configured: Any, module: nn.Module) -> Any:
             optimizer.register_step_pre_hook(_switch_on)
             optimizer.register_state_dict_post_hook(_unsaid)
     return configured
+
+
+def lay_alike(optimizer: Optimizer) -> None:
+    """Before a step, bring gradients and states into the order of memory of their parameters.
+
+    torch's fused kernel for the CPU goes through the memory of all of them in step, whatever the strides say: where
+    these differ it steps wrongly, without a word. They may differ where parameters became views of other memory after
+    their optimizer was made, or after it was loaded; views of other memory are what is looked at here.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group.get("fused") else ():
+            if parameter.is_contiguous():
+                continue
+            if parameter.grad is not None:
+                parameter.grad = laid_as(parameter.grad, parameter)
+            state = optimizer.state.get(parameter, {})
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    state[key] = laid_as(value, parameter)
 
 
 def _switch_on(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

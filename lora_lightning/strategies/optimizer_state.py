@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lora_lightning.errors import AdapterError
 from lora_lightning.injection.names import canonical
-from lora_lightning.injection.tensors import spread_like
+from lora_lightning.injection.tensors import laid_as, spread_like
 
 HOW_TO_STEP = ("foreach", "fused", "capturable", "differentiable")  # which belongs to a device, not to a training
 _OF_GROUPS = ("lrs", "_last_lr", "lr_lambdas", "momentums")  # ends of names of what schedulers keep of every group
@@ -120,9 +120,9 @@ def _paired(here: list[Any], there: Sequence[Any], names: list[str], which: str)
 
 
 def _laid_out(value: Any, parameter: Tensor) -> Any:
-    """A saved value beside its parameter: what has the parameter's shape is spread over processes as it is."""
+    """A saved value beside its parameter: what has the parameter's shape lies in memory, and over processes, as it."""
     if isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim:
-        return spread_like(value, parameter)
+        return laid_as(spread_like(value, parameter), parameter)
     return value
 
 

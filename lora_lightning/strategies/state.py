@@ -20,6 +20,7 @@ from lora_lightning.adapters.written import failing_together
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import AdapterError
 from lora_lightning.injection.state import injected_roots, load_lora_state, lora_parameters, lora_state_dict
+from lora_lightning.injection.tensors import alone
 from lora_lightning.optim import gradients
 from lora_lightning.strategies import optimizer_state as by_name
 from lora_lightning.strategies import rng
@@ -122,8 +123,8 @@ class AdapterState:
                 parameter.grad = None
 
     def parts(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
-        """What a checkpoint gets of each tensor: the tensor itself, not a copy; None if another process gives it."""
-        return list(tensors)
+        """What a checkpoint gets of each tensor: itself, not a copy of its memory; None if another process gives it."""
+        return [alone(tensor) for tensor in tensors]
 
     def write(self, checkpoint: dict[str, Any], path: Path, storage_options: Any | None) -> None:
         """Bring a finished checkpoint to disk; called on every process, and fails on all of them or on none."""
