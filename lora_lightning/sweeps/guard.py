@@ -90,14 +90,17 @@ def _guard(job: int, patience: float, woken: int) -> int:
 
 def _start(command: list[str]) -> int:
     guard = os.getpid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, _NOTED)  # one for the job waits until the job can have it
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _NOTED)
         return pid
     try:
         os.setpgid(0, 0)
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGCHLD, *_NOTED):
             signal.signal(number, signal.SIG_DFL)  # whatever the sweep's own are: one in the background ignores Ctrl-C
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _NOTED)
         _prctl(_DEATH_SIGNAL, signal.SIGTERM)
         if os.getppid() != guard:  # it ended in between
             os._exit(1)
