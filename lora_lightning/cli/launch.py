@@ -36,7 +36,9 @@ def launch(config_name: str, job: Job, *, command: str | None = None) -> None:
     if is_first_process():  # the others were started with what has been checked
         with told():
             check_command(sys.argv, config_name, command=command)
-    hydra.main(version_base="1.3", config_path=CONFIGS, config_name=config_name)(_telling(job))()
+    # Under a launcher that moves jobs to other processes, those have a command line of their own.
+    started = [os.path.abspath(sys.argv[0]), *sys.argv[1:]]
+    hydra.main(version_base="1.3", config_path=CONFIGS, config_name=config_name)(_telling(job, started))()
     _end_at_once_if_distributed()
 
 
@@ -53,11 +55,13 @@ def _end_at_once_if_distributed() -> None:
         os._exit(0)
 
 
-def _telling(job: Job) -> Job:
+def _telling(job: Job, started: list[str]) -> Job:
     @functools.wraps(job)
     def run(cfg: DictConfig) -> Any:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            return job(cfg)  # it is for Hydra's launcher to say which of the jobs failed
+        if HydraConfig.get().mode == RunMode.MULTIRUN:  # under a launcher that is not one of ours
+            from lora_lightning.cli.sweep.alone import run_in_process
+
+            return run_in_process(cfg, started)
         with told():
             return job(cfg)
 

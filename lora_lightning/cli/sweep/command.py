@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from hydra.errors import HydraException
 
 from lora_lightning.errors import LoraConfigError
 from lora_lightning.sweeps import runs
+from lora_lightning.sweeps.processes import Process, said
+from lora_lightning.sweeps.runs import Work
 
 RETURNED = "hydra_plugins.lora_lightning.returned.ReturnedValue"
-_PATIENCE = 60.0  # seconds that a job has to save and end once its sweep was told to
 
 # What says which process of a group this one is. A job that found it would wait for processes that are not its own.
 _OTHERS = re.compile(
@@ -63,7 +64,7 @@ def job_command(overrides: Sequence[str], folder: Path, *, argv: Sequence[str] |
     ]
     of_hydra = [each for each in given.overrides if _is_of_hydra(each) and not _OF_THE_SWEEP.match(_key(each))]
     return (
-        *_program(argv[0]),
+        *program(argv[0]),
         *flags,
         *of_hydra,
         *overrides,
@@ -73,15 +74,24 @@ def job_command(overrides: Sequence[str], folder: Path, *, argv: Sequence[str] |
     )
 
 
-def job_environment(sweep: Path, number: int) -> dict[str, str]:
-    """The environment of a job: this process's own, without what places it in a group of processes.
+def clean_environment() -> dict[str, str]:
+    """The environment of this process without what places it in a group of processes."""
+    return {name: value for name, value in os.environ.items() if not _OTHERS.fullmatch(name)}
+
+
+def job_variables(sweep: Path, number: int) -> dict[str, str]:
+    """What tells a process that it is a job of a sweep.
 
     Args:
         sweep: The folder of the sweep.
         number: The job's number in it.
     """
-    kept = {name: value for name, value in os.environ.items() if not _OTHERS.fullmatch(name)}
-    return kept | {runs.SWEEP: str(sweep), runs.JOB: str(number)}
+    return {runs.SWEEP: str(sweep), runs.JOB: str(number)}
+
+
+def job_environment(sweep: Path, number: int) -> dict[str, str]:
+    """The whole environment of a job; see `clean_environment` and `job_variables`."""
+    return clean_environment() | job_variables(sweep, number)
 
 
 def run_alone(
@@ -102,30 +112,19 @@ def run_alone(
     Raises:
         JobFailed: It ended with an error or left no result; with the last lines that it printed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     job = runs.Job(number, tuple(overrides), folder)
-    with job.log.open("ab") as log:
-        process = subprocess.Popen(
-            job_command(overrides, folder, argv=argv),
-            env=job_environment(sweep, number),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            status = process.wait()
-        except BaseException:
-            process.terminate()
-            try:
-                process.wait(_PATIENCE)
-            except subprocess.TimeoutExpired:
-                process.kill()
-            raise
+    process = Process(Work((job,), job_command(overrides, folder, argv=argv), job.log), job_environment(sweep, number))
+    try:
+        status = process.wait()
+    except BaseException:
+        process.stop(signal.SIGINT)
+        process.wait()
+        raise
     result = runs.result_of(job)
     if status or result is None:
-        lines = job.log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:]
-        ended = f"ended with status {status}" if status else "left no result.json"
-        raise JobFailed(f"Job {number} ({' '.join(overrides)}) {ended}. The end of {job.log}:\n" + "\n".join(lines))
+        lines = process.last_lines()
+        ended = said(status, lines) if status else "it left no result.json"
+        raise JobFailed(f"Job {number} ({' '.join(overrides)}): {ended}. The end of {job.log}:\n" + "\n".join(lines))
     return result
 
 
@@ -139,8 +138,15 @@ def quoted(value: str) -> str:
     return "'" + escaped.replace("${", r"\${") + "'"
 
 
-def _program(path: str) -> tuple[str, ...]:
-    """How to start a script again: as the module it was started as, or by its file."""
+def program(path: str) -> tuple[str, ...]:
+    """How to start a script again: as the module it was started as, or by its file.
+
+    Args:
+        path: ``sys.argv[0]``.
+
+    Raises:
+        LoraConfigError: There is no such file.
+    """
     main = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
     file = Path(path).resolve()
@@ -152,6 +158,24 @@ def _program(path: str) -> tuple[str, ...]:
             "run it as `python <file> -m …`"
         )
     return (sys.executable, str(file))
+
+
+def refuse_ranks(environment: Mapping[str, str]) -> None:
+    """Make sure that this is no process of several that each would run the whole sweep.
+
+    Raises:
+        LoraConfigError: It is.
+    """
+    several = environment.get("WORLD_SIZE", "1") not in ("", "1")
+    another = any(
+        environment.get(name, "0") not in ("", "0") for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
+    )
+    if several or another or any(name.startswith("TORCHELASTIC_") for name in environment):
+        raise LoraConfigError(
+            "This sweep was started by torchrun, or beside other processes (RANK and WORLD_SIZE are set): each of them "
+            "would run all of its jobs. Start it once, with `python` in place of `torchrun …`; its jobs start their "
+            "processes themselves, as trainer.devices says"
+        )
 
 
 def _key(override: str) -> str:

@@ -50,9 +50,13 @@ class Composed:
         return replace(self, job=replace(self.job, accelerator=accelerator, devices=devices))
 
 
+Problem = tuple[int, str]
+"""The number of a job and what is wrong with it."""
+
+
 def compose_jobs(
     context: HydraContext, sweep: DictConfig, batch: Sequence[Sequence[str]], first: int
-) -> list[Composed]:
+) -> tuple[list[Composed], list[Problem]]:
     """Compose the jobs of a batch.
 
     Args:
@@ -61,50 +65,46 @@ def compose_jobs(
         batch: The overrides of each job.
         first: The number of the first job.
 
-    Raises:
-        LoraConfigError: Some cannot be composed, hold a LoRA configuration that is refused, or share a folder; with
-            all that is wrong.
+    Returns:
+        The jobs, and what is wrong with those that cannot be composed, hold a LoRA configuration that is refused, or
+        share a folder.
     """
     setup_globals()
     composed: list[Composed] = []
-    problems: list[tuple[int, str]] = []
+    problems: list[Problem] = []
     for number, overrides in enumerate(batch, first):
         try:
             composed.append(_compose(context, sweep, tuple(overrides), number))
         except (HydraException, OmegaConfBaseException, LoraConfigError) as error:
             problems.append((number, str(error)))
-    problems += _shared_folders(composed)
-    refuse(problems, batch, first)
-    return composed
+    return composed, problems + _shared_folders(composed)
 
 
-def refuse(problems: Sequence[tuple[int, str]], batch: Sequence[Sequence[str]], first: int) -> None:
-    """Tell what is wrong with jobs, what several have in common once.
+def refuse(problems: Sequence[Problem], batch: Sequence[Sequence[str]], first: int) -> None:
+    """Tell what is wrong with jobs, and once what is wrong with several.
 
     Args:
-        problems: Numbers of jobs and what is wrong with each.
+        problems: What is wrong.
         batch: The overrides of each job.
         first: The number of the first job.
 
     Raises:
-        LoraConfigError: There are any.
+        LoraConfigError: Something is.
     """
     if not problems:
         return
-    numbers: dict[str, list[int]] = {}
-    for number, message in problems:
-        numbers.setdefault(message, []).append(number)
+    having: dict[str, list[int]] = {}
+    for number, message in sorted(problems):
+        having.setdefault(message.strip(), []).append(number)
     told = []
-    for message, those in numbers.items():
-        who = f"jobs {', '.join(map(str, those))}" if len(those) > 1 else f"job {those[0]}"
-        what = " ".join(batch[those[0] - first])
-        told.append(
-            f"  - {who} ({'as in ' if len(those) > 1 else ''}{what}): {message.strip()}".replace("\n", "\n    ")
-        )
+    for message, numbers in having.items():
+        overrides = " ".join(batch[numbers[0] - first])
+        who = f"job {numbers[0]} ({overrides})"
+        if len(numbers) > 1:
+            who = f"jobs {', '.join(map(str, numbers))} (the first is {overrides})"
+        told.append(f"  - {who}: {message}".replace("\n", "\n    "))
     count = len({number for number, _ in problems})
-    raise LoraConfigError(
-        f"{count} of {len(batch)} jobs cannot be run, so that nothing was started:\n" + "\n".join(told)
-    )
+    raise LoraConfigError(f"{count} of {len(batch)} jobs cannot be run; nothing was started:\n" + "\n".join(told))
 
 
 @contextlib.contextmanager
@@ -131,7 +131,7 @@ def _compose(context: HydraContext, sweep: DictConfig, overrides: tuple[str, ...
         config.hydra.job.num = number
     with hydra_config(config):
         folder = Path(os.path.abspath(Path(config.hydra.sweep.dir) / str(config.hydra.sweep.subdir)))
-        with read_write(config), open_dict(config):
+        with read_write(config.hydra.runtime), open_dict(config.hydra.runtime):
             config.hydra.runtime.output_dir = str(folder)
     with hydra_config(config):
         _check_lora(config)
@@ -156,9 +156,9 @@ def _nodes(plain: Any, node: Any) -> Iterator[DictConfig]:
             yield from _nodes(below, node[key])
 
 
-def _shared_folders(composed: Sequence[Composed]) -> list[tuple[int, str]]:
+def _shared_folders(composed: Sequence[Composed]) -> list[Problem]:
     owners: dict[Path, Job] = {}
-    problems = []
+    problems: list[Problem] = []
     for each in composed:
         owner = owners.setdefault(each.job.folder, each.job)
         if set(owner.overrides) != set(each.job.overrides):

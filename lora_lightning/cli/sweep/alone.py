@@ -1,0 +1,40 @@
+"""A job under a launcher that is not one of ours: it runs as a process of its own there too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from lora_lightning.cli.sweep.again import to_go_on
+from lora_lightning.cli.sweep.command import run_alone
+from lora_lightning.cli.sweep.compose import own_overrides
+from lora_lightning.cli.sweep.returns import value_of
+from lora_lightning.sweeps import runs
+
+
+def run_in_process(cfg: DictConfig, started: Sequence[str]) -> Any:
+    """What the job that Hydra is at comes to; one that is finished already is not run again.
+
+    Args:
+        cfg: Its configuration.
+        started: The command line of the sweep.
+
+    Raises:
+        JobFailed: It has ended with an error.
+    """
+    hydra = HydraConfig.get()
+    overrides = tuple(hydra.overrides.task)
+    folder, cwd = Path(hydra.runtime.output_dir), Path(hydra.runtime.cwd)
+    job = runs.Job(hydra.job.num, own_overrides(overrides), folder)
+    if runs.is_finished(job):
+        print(f"Job {job.number} is finished already: {folder}")
+        result = runs.result_of(job) or {}
+    else:
+        print(f"Job {job.number} writes into {job.log}", flush=True)
+        again = to_go_on(folder, cfg)
+        result = run_alone((*overrides, *again), folder, sweep=cwd / hydra.sweep.dir, number=job.number, argv=started)
+    return value_of(result, cfg.get("optimized_metric"))
