@@ -94,9 +94,9 @@ def run(
 ) -> dict[int, Outcome]:
     """Run pieces of work, each as soon as it has a place, in order.
 
-    One that waits for more devices than are free is not overtaken by one that would take them from it. Ctrl-C, SIGTERM
-    and SIGHUP (unless they are ignored) are passed on to the jobs, which save and end, and no more are started. A second
-    one kills all at once.
+    One that waits for more devices than are free is not overtaken by one that would take them from it. Ctrl-C,
+    SIGTERM and SIGHUP (unless they are ignored) are passed on to the jobs, which save and end, and no more are started.
+    A second one kills all at once.
 
     Args:
         works: What to run. Jobs that share a process have an outcome each, told as soon as there is a result.

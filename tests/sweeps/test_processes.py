@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lora_lightning.sweeps import processes
 from lora_lightning.sweeps.processes import HeldError, Process, last_lines, said, still_running, wait_for_earlier
 
 
@@ -91,14 +92,19 @@ def test_killing_reaches_what_has_left_the_session(make_work, environment, marke
     assert marked() == []
 
 
-def test_what_outlives_a_jobs_first_process_is_ended(make_work, environment, marked, monkeypatch, tmp_path):
-    from lora_lightning.sweeps import processes
+@pytest.fixture
+def hasty_guard(tmp_path):
+    """The same guard with less patience for what is left of a job."""
+    file = tmp_path / "guard.py"
+    text = processes._GUARD.read_text()
+    assert "LINGER = 10.0" in text
+    assert "LAST = 5.0" in text
+    file.write_text(text.replace("LINGER = 10.0", "LINGER = 0.2").replace("LAST = 5.0", "LAST = 0.2"))
+    return file
 
-    hasty = tmp_path / "guard.py"
-    hasty.write_text(  # the same guard
-        processes._GUARD.read_text().replace("LINGER = 10.0", "LINGER = 0.2").replace("LAST = 5.0", "LAST = 0.2")
-    )
-    monkeypatch.setattr(processes, "_GUARD", hasty)
+
+def test_what_outlives_a_jobs_first_process_is_ended(make_work, environment, marked, monkeypatch, hasty_guard):
+    monkeypatch.setattr(processes, "_GUARD", hasty_guard)
     work = make_work(0, "loose()\nsys.exit(4)")
     process = Process(work, environment)
     assert process.wait(10) == 4
@@ -108,17 +114,18 @@ def test_what_outlives_a_jobs_first_process_is_ended(make_work, environment, mar
 PARENT = """
 import os, sys
 from pathlib import Path
+from lora_lightning.sweeps import processes
 from lora_lightning.sweeps.processes import Process
 from lora_lightning.sweeps.runs import Job, Work
-folder = Path(sys.argv[1])
-process = Process(Work((Job(0, (), folder),), tuple(sys.argv[2:]), folder / "work.log"), os.environ, patience=0.5)
+folder, processes._GUARD = Path(sys.argv[1]), Path(sys.argv[2])
+process = Process(Work((Job(0, (), folder),), tuple(sys.argv[3:]), folder / "work.log"), os.environ, patience=0.5)
 process.wait()
 """
 
 
 @pytest.mark.parametrize("listens", [True, False])
 def test_jobs_end_with_a_killed_sweep_and_hold_their_folder_until_then(
-    make_work, environment, marked, until, listens, tmp_path
+    make_work, environment, marked, until, listens, hasty_guard
 ):
     script = (
         "def save(number, frame):\n    time.sleep(0.3)\n    leave('interrupted')\n    sys.exit()\n"
@@ -128,7 +135,7 @@ def test_jobs_end_with_a_killed_sweep_and_hold_their_folder_until_then(
     )
     work = make_work(0, script)
     (job,) = work.jobs
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, job.folder, *work.command], env=environment)
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, job.folder, hasty_guard, *work.command], env=environment)
     try:
         assert until((job.folder / "ready").exists)
         assert still_running([job]) == [job]
