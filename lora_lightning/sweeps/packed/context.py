@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import rich
 import torch
 
 from lora_lightning.strategies import rng
@@ -40,6 +41,8 @@ VARIABLES = Global(_variables, _set_variables)
 # Of a Trainer in precision 64-true it is another one during a step, in which the baton passes.
 DTYPE = Global(torch.get_default_dtype, torch.set_default_dtype)
 SCREEN = Global(OUTPUT.get, OUTPUT.set)
+# The console that Rich has for everybody, on which there is one live display at a time.
+CONSOLE = Global(lambda: vars(rich)["_console"], lambda console: vars(rich).__setitem__("_console", console))
 
 
 class Context:
@@ -54,10 +57,10 @@ class Context:
     """
 
     def __init__(self, screen: Any = None, *, more: Sequence[Global] = (), **variables: str) -> None:
-        self._globals = (GENERATORS, VARIABLES, DTYPE, SCREEN, *more)
+        self._globals = (GENERATORS, VARIABLES, DTYPE, SCREEN, CONSOLE, *more)
         self._own = {each: each.get() for each in self._globals}
         self._own[VARIABLES] |= variables
-        self._own[SCREEN] = screen
+        self._own[SCREEN], self._own[CONSOLE] = screen, None
         self._outside: dict[Global, Any] = {}
 
     def __enter__(self) -> None:
