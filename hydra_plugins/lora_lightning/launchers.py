@@ -35,6 +35,12 @@ class LoraLocal(Launcher):
 
         return launch(self.hydra_context, self.config, job_overrides, initial_job_idx, self.options)
 
+    def jobs_at_once(self) -> int:
+        """How many jobs run at once: as many a searching sweeper chooses together."""
+        from lora_lightning.cli.sweep.places import jobs_at_once
+
+        return jobs_at_once(self.config, self.options)
+
 
 class LoraPacked(LoraLocal):
     """Trains the jobs that share a base model together in one process, the others as `LoraLocal` does.
@@ -48,3 +54,7 @@ class LoraPacked(LoraLocal):
         from lora_lightning.cli.sweep.packed import launch
 
         return launch(self.hydra_context, self.config, job_overrides, initial_job_idx, self.options)
+
+    def jobs_at_once(self) -> int:
+        """As many as were asked for; otherwise 8, since how many fit is known only once a model is there."""
+        return self.options.get("jobs_at_once") or 8

@@ -31,7 +31,7 @@ def test_the_primary_configs_compose(composed, config):
 @pytest.mark.parametrize(("group", "choice"), [pair for pair in CHOICES if pair[0] != "hydra"])
 def test_every_choice_composes(composed, group, choice):
     cfg = composed(f"{group}={choice}")
-    if group not in ("experiment", "debug", "scheduler"):
+    if group not in ("experiment", "debug", "hparams_search", "scheduler"):
         assert group in cfg
 
 

@@ -8,8 +8,9 @@ from omegaconf import DictConfig
 
 from lora_lightning.sweeps.processes import LOCK
 from lora_lightning.sweeps.runs import LOG
+from lora_lightning.sweeps.study import NOTE
 
-_OF_THE_START = {".hydra", LOG, LOCK}
+_OF_THE_START = {".hydra", LOG, LOCK, NOTE}
 
 
 def to_go_on(folder: Path, config: DictConfig) -> tuple[str, ...]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_lightning.cli.sweep.compose import Composed, Problem, hydra_config
+from lora_lightning.cli.sweep.options import Options
 from lora_lightning.errors import LoraConfigError
 from lora_lightning.sweeps.devices import Pool, meant
+from lora_lightning.sweeps.runs import Job
 
 
 def with_devices(
@@ -33,6 +37,14 @@ def with_devices(
         except (LoraConfigError, OmegaConfBaseException) as error:
             problems.append((each.job.number, str(error)))
     return placed, problems
+
+
+def jobs_at_once(config: DictConfig, options: Mapping[str, Any]) -> int:
+    """How many jobs of a sweep run at once, if all are placed as its own configuration says."""
+    checked = Options.of(options)
+    pool = Pool(checked.jobs_per_device)
+    placed, _ = with_devices([Composed(Job(0, (), Path()), (), config)], pool, checked.devices_per_job)
+    return max(1, pool.places(placed[0].job)) if placed else 1  # what is wrong is told when jobs are launched
 
 
 def _with_devices(job: Composed, pool: Pool, devices_per_job: int | None) -> Composed:
