@@ -28,11 +28,10 @@ def as_csv(sweep: Sweep) -> str:
     Missing is empty; a setting that is null says so.
     """
     numbers = {key for row in sweep.rows for key, value in row.result.items() if is_number(value)}
-    measured = sorted(numbers - {sweep.metric, *sweep.keys})
-    if sweep.metric in numbers and sweep.metric not in sweep.keys:
-        measured.insert(0, sweep.metric)
+    # A seed stands in the result as well; whatever else a setting and a result both call the same is not the same.
+    measured = sorted(numbers - {*sweep.seed_keys}, key=lambda key: (key != sweep.metric, key))
     ends = ["folder", "adapter_path", "ended_by", "same_as", "reason"]
-    taken = {"number", "state", *measured, *ends}
+    taken = {"number", "state", sweep.metric, *measured, *ends}
     headings = {key: f"{key} (setting)" if key in taken else key for key in sweep.keys}
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
@@ -136,7 +135,8 @@ class _Section(NamedTuple):
 
 def _sections(sweep: Sweep) -> list[_Section]:
     sections = [_jobs(sweep)] if sweep.ranked else []
-    sections += [_over_seeds(sweep)] if sweep.seed_keys and sweep.metric is not None else []
+    if sweep.ranked and sweep.seed_keys and sweep.metric is not None:
+        sections.append(_over_seeds(sweep))
     kinds: dict[str, tuple[str, Callable[[Row], bool]]] = {
         "Stopped by the sweep": ("at the metric that they had then", lambda row: row.state == "stopped"),
         "Failed": ("", lambda row: row.state == "failed"),
