@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import json
@@ -58,6 +59,13 @@ class Note:
         """Leave it in a job's folder."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / NOTE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def remove(folder: Path) -> None:
+        """Take it away, and the folder too where nothing else is in it."""
+        (folder / NOTE).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
     @classmethod
     def read(cls, folder: Path) -> Note | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from hydra.core.utils import JobReturn
 from optuna.trial import FrozenTrial
@@ -13,8 +15,12 @@ from lora_lightning.cli.search.run import SearchRun
 from lora_lightning.cli.search.space import Space, parse_space, parsed_values
 from lora_lightning.cli.search.trials import FAILED, TWIN, Trials, named
 from lora_lightning.errors import LoraConfigError
+from lora_lightning.sweeps.manifest import NAME as MANIFEST
+from lora_lightning.sweeps.study import Note
 
 _HOPE = 3  # so many trials may fail at the start before the search is given up
+_ATTEMPTS = 3  # of a trial whose job is told to end from outside
+_ENDED = ("COMPLETE", "PRUNED", "FAIL")
 
 
 def search(run: SearchRun, options: Options, arguments: Sequence[str]) -> None:
@@ -41,6 +47,7 @@ class OptunaSearch:
     def __init__(self, run: SearchRun, options: Options, space: Space) -> None:
         self._run, self._options, self._space = run, options, space
         self._trials = Trials(run.folder, space, options)
+        self._broken_off: Counter[int] = Counter()  # by trial: how often its job has not come to its end
         self._console = Console()
         at_once = options.n_jobs or run.jobs_at_once()
         self._at_once = at_once or 1
@@ -61,22 +68,35 @@ class OptunaSearch:
     def _run_jobs(self, jobs: Mapping[int, FrozenTrial]) -> None:
         """Run trials, by the number of their job, and tell the study what came of each."""
         overrides = {number: self._overrides(trial) for number, trial in jobs.items()}
-        if (pruner := self._options.pruner) is not None:
-            for number, trial in jobs.items():
-                folder = self._run.folder_of(number, overrides[number])
-                self._trials.note(trial.number, self._options.monitor, pruner).write(folder)
+        noted = self._note(jobs, overrides)
         try:
             returns = self._run.launch(overrides)
-        except (LoraConfigError, SystemExit):  # refused, and told or to be told
-            self._trials.forget_if_nothing_ran()
+        except (LoraConfigError, SystemExit):
+            # Refused, or only listed: the corrected command begins anew in the same folder.
+            if not (self._run.folder / MANIFEST).exists() and not self._trials.all(*_ENDED):
+                self._trials.forget()
+                for folder in noted:
+                    Note.remove(folder)
             raise
         for number, trial in jobs.items():
             self._tell(trial.number, returns[number])
+
+    def _note(self, jobs: Mapping[int, FrozenTrial], overrides: Mapping[int, Sequence[str]]) -> list[Path]:
+        """Let each job that may be pruned know its trial."""
+        pruner, folders = self._options.pruner, []
+        if pruner is not None:
+            for number, trial in jobs.items():
+                folders.append(self._run.folder_of(number, overrides[number]))
+                self._trials.note(trial.number, self._options.monitor, pruner).write(folders[-1])
+        return folders
 
     def _tell(self, trial: int, returned: JobReturn) -> None:
         try:
             value = returned.return_value
         except Exception as error:  # whatever the job has raised
+            self._broken_off[trial] += 1
+            if getattr(error, "state", "failed") != "failed" and self._broken_off[trial] < _ATTEMPTS:
+                return  # it was told to end, or never began: it stays among the running, and is run again
             self._trials.fail(trial, (str(error).strip().splitlines() or [type(error).__name__])[0])
         else:
             self._trials.tell(trial, value)

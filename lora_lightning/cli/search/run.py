@@ -58,6 +58,7 @@ class SearchRun:
             yield
         finally:
             os.close(descriptor)
+            self._tidy()
 
     def jobs_at_once(self) -> int | None:
         """How many jobs the launcher runs at once, where it says so."""
@@ -96,6 +97,15 @@ class SearchRun:
     def leave_results(self, **results: Any) -> None:
         """Write what was best, as the sweepers of Hydra do."""
         OmegaConf.save(OmegaConf.create(results), self.folder / RESULTS)
+
+    def _tidy(self) -> None:
+        """Leave no folder of a search of which nothing has run: it was refused, or only to be listed."""
+        ours = {LOCK, "multirun.yaml"}
+        if self.folder.is_dir() and {each.name for each in self.folder.iterdir()} <= ours:
+            for name in ours:
+                (self.folder / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # another search has begun in it
+                self.folder.rmdir()
 
 
 def _in_a_row(numbers: Sequence[int]) -> list[list[int]]:

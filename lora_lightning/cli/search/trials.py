@@ -140,10 +140,9 @@ class Trials:
         plain = pruner if isinstance(pruner, str) else dict(pruner)
         return Note(str(self._path), self.study.study_name, number, monitor, plain)
 
-    def forget_if_nothing_ran(self) -> None:
-        """Take the study away where no trial has ended: a corrected command begins anew in the same folder."""
-        if len(self.all()) == len(self.all("RUNNING")):
-            self._path.unlink(missing_ok=True)
+    def forget(self) -> None:
+        """Take the study away."""
+        self._path.unlink(missing_ok=True)
 
     def _asked(self, wanted: int) -> dict[int, FrozenTrial]:
         trials = self.all()

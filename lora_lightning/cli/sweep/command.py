@@ -36,7 +36,16 @@ _OF_THE_SWEEP = re.compile(
 
 
 class JobFailed(HydraException):
-    """A job of a sweep has ended without a result; Hydra prints it without a traceback."""
+    """A job of a sweep has ended without a result; Hydra prints it without a traceback.
+
+    Args:
+        message: What there is to say.
+        state: ``failed``; or ``interrupted`` or ``not started``, which may go well another time.
+    """
+
+    def __init__(self, message: str, *, state: str = "failed") -> None:
+        super().__init__(message)
+        self.state = state
 
 
 def job_command(overrides: Sequence[str], folder: Path, *, argv: Sequence[str] | None = None) -> tuple[str, ...]:

@@ -28,11 +28,11 @@ def finished(job: Composed, result: Mapping[str, Any], metric: str | None) -> Jo
     return returned
 
 
-def failed(job: Composed, reason: str) -> JobReturn:
-    """The return of a job that has failed or was not started; what it returned raises `JobFailed`."""
+def failed(job: Composed, reason: str, *, state: str = "failed") -> JobReturn:
+    """The return of a job that has failed, was interrupted or not started; what it returned raises `JobFailed`."""
     returned = _returned(job)
     returned.status = JobStatus.FAILED
-    returned.return_value = JobFailed(f"Job {job.job.number} ({' '.join(job.job.overrides)}): {reason}")
+    returned.return_value = JobFailed(f"Job {job.job.number} ({' '.join(job.job.overrides)}): {reason}", state=state)
     return returned
 
 
