@@ -10,6 +10,7 @@ from lora_lightning.errors import did_you_mean
 
 _COMMANDS = {
     "train": "train an adapter; settings in Hydra's way, as in lora.r=64 (`lora-train` for short)",
+    "prepare": "have model, data set and tokenised rows on this machine, for training without a network",
     "eval": "measure an adapter beside its base model: adapter=<folder> or ckpt_path=<file>",
     "to-adapter": "make an adapter folder from a checkpoint: <file> [<folder>]",
     "sweep-report": "write and print what a sweep says: <folder> [--metric NAME] [--mode min|max]",

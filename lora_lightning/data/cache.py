@@ -68,8 +68,13 @@ def load_cached(module: DataModule, tokenizer: PreTrainedTokenizerBase) -> Loade
     Raises:
         LoraConfigError: If the folder cannot be written to, or the rows are none to be cached.
     """
-    key = fingerprint(module, tokenizer)
-    return kept(cache_folder(module.cache), key, lambda: module.load(tokenizer))
+    place = place_of(module, tokenizer)
+    return kept(place.parent, place.name, lambda: module.load(tokenizer))
+
+
+def place_of(module: DataModule, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """The folder of a data module's rows, whether they are there or not."""
+    return cache_folder(module.cache) / fingerprint(module, tokenizer)
 
 
 def kept(cache: Path, key: str, make: Callable[[], Loaded]) -> Loaded:

@@ -33,6 +33,7 @@ class StatusFile(Callback):
         self._steps: int | None = None
         self._first_step = 0
         self._started: float | None = None
+        self._loss: float | None = None
         self._written = -math.inf
         self._warned = False
 
@@ -90,6 +91,8 @@ class StatusFile(Callback):
 
     def _status(self, trainer: Trainer) -> dict[str, Any]:
         metrics = trainer.callback_metrics
+        if "train_loss" in metrics:  # a validation behind the fit has none
+            self._loss = _finite(metrics["train_loss"])
         step, seconds = trainer.global_step, 0.0
         left = None
         if self._started is not None:
@@ -99,7 +102,7 @@ class StatusFile(Callback):
         return {
             "step": step,
             "steps": self._steps,
-            "loss": _finite(metrics.get("train_loss")),
+            "loss": self._loss,
             "val_loss": _finite(metrics.get("val_loss")),
             "seconds": seconds,
             "seconds_left": left,

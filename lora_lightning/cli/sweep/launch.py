@@ -25,6 +25,7 @@ from lora_lightning.cli.sweep.command import clean_environment, job_command, job
 from lora_lightning.cli.sweep.compose import Composed, compose_jobs, own_overrides, refuse
 from lora_lightning.cli.sweep.options import Options
 from lora_lightning.cli.sweep.places import with_devices
+from lora_lightning.cli.sweep.prepare import prepare_all
 from lora_lightning.cli.told import told
 from lora_lightning.errors import LoraConfigError
 from lora_lightning.sweeps import engine, manifest, runs
@@ -123,6 +124,7 @@ def _run(sweep: Sweep, jobs: Sequence[Composed], works: Works) -> list[JobReturn
     outcomes: Mapping[int, engine.Outcome] = {}
     try:
         if to_run:
+            prepare_all(each.config for each in to_run)
             outcomes = engine.run(
                 works(sweep, to_run),
                 sweep.pool,
@@ -160,7 +162,9 @@ def _return(sweep: Sweep, job: Composed, known: Manifest, outcomes: Mapping[int,
     result = runs.result_of(ran)
     if result is not None and result.get("status") == "finished" and (outcome is None or outcome.state == "finished"):
         return returns.finished(job, result, sweep.options.metric)
-    return returns.failed(job, f"{outcome.state}: {outcome.reason}" if outcome is not None else "it has no result")
+    if outcome is None:
+        return returns.failed(job, "it has no result")
+    return returns.failed(job, f"{outcome.state}: {outcome.reason}", state=outcome.state)
 
 
 def _twin(job: Composed, known: Manifest) -> Entry | None:
