@@ -35,8 +35,18 @@ def log_adapter(loggers: Iterable[Logger], folder: Path, facts: dict[str, Any]) 
             run.log_artifact(artifact)
 
 
-def finish(*, failed: bool = False) -> None:
-    """End a W&B run, whatever became of the training: else the next logger of this process goes on with it."""
+def finish(loggers: Iterable[Logger] = (), *, failed: bool = False) -> None:
+    """End a W&B run, whatever became of the training: else the next logger of this process goes on with it.
+
+    Args:
+        loggers: All loggers of the run, whose own runs are ended: a process of several jobs has several of them.
+        failed: What W&B is told of it.
+    """
     wandb = sys.modules.get("wandb")
-    if wandb is not None and wandb.run is not None:
+    if wandb is None:
+        return
+    for logger in loggers:
+        if isinstance(logger, WandbLogger) and isinstance(logger._experiment, wandb.Run):
+            logger._experiment.finish(exit_code=int(failed))
+    if wandb.run is not None:
         wandb.finish(exit_code=int(failed))

@@ -76,7 +76,7 @@ def train(
             if run_folder.is_first_process():
                 _leave(cfg, overrides, folder, recorder, status, trainer)
         finally:
-            trackers.finish(failed=status == "failed")
+            trackers.finish(() if trainer is None else trainer.loggers, failed=status == "failed")
     return _metric(cfg.optimized_metric, recorder.fields | _tested(trainer))
 
 
