@@ -37,7 +37,8 @@ def parallel_coordinates(sweep: Sweep) -> Figure | None:
         aside = _SPREAD * (0.5 - index / (len(rows) - 1))
         heights = [places[key].of(row, key) + aside for key in scales]
         heights.append(min(1.0, max(0.0, ((row.metric or 0.0) - low) / (high - low))))
-        strong = {"color": BEST, "linewidth": 2.5, "label": f"best: job {row.number}, {shown(row.metric)}"}
+        label = f"best: job {row.number}, {shown(row.metric)} (darker is better)"
+        strong = {"color": BEST, "linewidth": 2.5, "label": label}
         axes.plot(heights, **(strong if index == 0 else {"color": palette[index], "linewidth": 1.0, "alpha": 0.75}))
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.06), frameon=False, fontsize=8)
     return figure
