@@ -230,8 +230,8 @@ def time_left(
     Returns:
         Seconds; None where nothing is known yet, or nothing is left.
 
-    >>> time_left([10.0], [(4.0, None)], waiting=3, places=2)  # 6 and 0, then 10, 10 and 10 more
-    26.0
+    >>> time_left([10.0], [(4.0, None)], waiting=3, places=2)  # 0 + 10, 6 + 10, 10 + 10
+    20.0
     """
     known = list(taken) or [so_far + left for so_far, left in running if left is not None]
     if not known or not (running or waiting):

@@ -181,7 +181,7 @@ def test_a_status_in_words():
 
 
 def test_none_of_it_loads_torch_lightning_or_hydra():
-    names = "guard locks manifest processes runs"
+    names = "devices engine guard locks manifest processes runs table"
     script = (
         "import importlib, sys\n"
         f"for name in '{names}'.split(): importlib.import_module('lora_lightning.sweeps.' + name)\n"
