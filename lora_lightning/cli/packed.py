@@ -46,7 +46,8 @@ class GroupFile:
         halving: As ``sweep.halving``.
         metric: What jobs are compared by.
         mode: ``min`` or ``max``.
-        earlier: Folders of jobs of the same sweep that have come to rungs before, by number.
+        among: What the jobs have in common with those that they are compared with, in a few signs.
+        earlier: Folders of other jobs of the sweep, which may have come to rungs at another time, by number.
     """
 
     jobs: tuple[Packed, ...]
@@ -54,6 +55,7 @@ class GroupFile:
     halving: Any = False
     metric: str | None = None
     mode: str = "min"
+    among: str = ""
     earlier: dict[str, str] = field(default_factory=dict)
 
     def write(self, path: Path) -> Path:
@@ -79,6 +81,7 @@ def main() -> None:
 
     Ends with status 0 where all have finished, with 1 where one has failed, and with 128 + its number after a signal.
     """
+    os.environ.setdefault("WANDB_REINIT", "create_new")  # a W&B run of its own for each job, all open at once
     route()  # before Lightning is imported, whose messages go to the streams that it finds
     from lora_lightning.cli.packing import train_together
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 import sys
 import time
 import traceback
@@ -23,11 +25,12 @@ from hydra.core.utils import run_job
 from hydra.types import HydraContext, RunMode
 from lightning.pytorch import Callback
 from omegaconf import DictConfig, OmegaConf
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from lora_lightning.cli.build import Parts, make_parts, make_trainer
 from lora_lightning.cli.launch import CONFIGS
-from lora_lightning.cli.packed import GroupFile, Packed
+from lora_lightning.cli.packed import GroupFile
 from lora_lightning.cli.quiet import quieten
 from lora_lightning.cli.told import show_error
 from lora_lightning.cli.training import train
@@ -73,7 +76,12 @@ def train_together(group: GroupFile, hear: Callable[[Callable[[int], None]], Non
         for job, (hydra, config) in zip(group.jobs, configs, strict=True):
             Path(job.log).parent.mkdir(parents=True, exist_ok=True)
             screen = screens.enter_context(open(job.log, "a", buffering=1, encoding="utf-8"))
-            run = _Run(job, hydra, config, shared, plan, group.metric)
+            rungs = (
+                None
+                if plan is None
+                else functools.partial(Rungs, plan=plan, among=group.among, metric=group.metric, folder=job.folder)
+            )
+            run = _Run(hydra, config, shared, rungs)
             players.append(Player(job.number, run, Context(screen, more=(HYDRA,), **{JOB: str(job.number)})))
         print(f"{len(players)} jobs are trained together on one base, {min(places, len(players))} at once.")
         began = time.monotonic()
@@ -119,7 +127,7 @@ class Shared:
         self._tokenizers: dict[str, PreTrainedTokenizerBase] = {}
         network = load_model(replace(model, in_parts=False), "causal_lm")
         strategy = make_trainer(settings, [], []).strategy
-        self.network: PreTrainedModel = strategy.precision_plugin.convert_module(network).to(strategy.root_device)
+        self.network: nn.Module = strategy.precision_plugin.convert_module(network).to(strategy.root_device)
 
     def parts(self, cfg: DictConfig, player: Player, callbacks: Sequence[Callback]) -> Parts:
         """The task and the data of one job."""
@@ -141,13 +149,12 @@ class _Run:
     """One job as it is run in its thread: with the configuration, the folder and the ending that it has by itself."""
 
     def __init__(
-        self, job: Packed, hydra: Hydra, config: DictConfig, shared: Shared, plan: Plan | None, metric: str | None
+        self, hydra: Hydra, config: DictConfig, shared: Shared, rungs: Callable[[Player], Callback] | None
     ) -> None:
-        self.job, self.hydra, self.config = job, hydra, config
-        self.shared, self.plan, self.metric = shared, plan, metric
+        self.hydra, self.config, self.shared, self.rungs = hydra, config, shared, rungs
 
     def __call__(self, player: Player) -> Any:
-        callbacks = [] if self.plan is None else [Rungs(player, self.plan, self.metric, self.job.folder)]
+        callbacks = [] if self.rungs is None else [self.rungs(player)]
 
         def task(cfg: DictConfig) -> float | None:
             try:
@@ -172,11 +179,10 @@ class _Run:
 
 
 def _earlier(group: GroupFile) -> dict[int, list[float]]:
-    """What jobs have reported at rungs before this process began."""
-    here = {str(job.number) for job in group.jobs}
-    found = {
-        int(number): (read_json(Path(folder) / NAME) or {}).get("values", [])
-        for number, folder in group.earlier.items()
-        if number not in here
-    }
-    return {number: [float("nan") if value is None else value for value in values] for number, values in found.items()}
+    """What other jobs have reported at rungs before this process began."""
+    found = {}
+    for number, folder in group.earlier.items():
+        left = read_json(Path(folder) / NAME) or {}
+        if left.get("among") == group.among:
+            found[int(number)] = [math.nan if value is None else value for value in left["values"]]
+    return found

@@ -32,15 +32,19 @@ class Rungs(pl.Callback):
         plan: Where the rungs are.
         metric: What jobs are compared by: a metric of a validation.
         folder: The job's folder.
+        among: Who it is compared with, in a few signs: what they all have in common.
 
     Attributes:
         ended_by: Why the fit has ended before its last step, or None.
     """
 
-    def __init__(self, player: Player, plan: Plan, metric: str | None, folder: str | os.PathLike[str]) -> None:
+    def __init__(
+        self, player: Player, plan: Plan, metric: str | None, folder: str | os.PathLike[str], among: str = ""
+    ) -> None:
         super().__init__()
         self.ended_by: str | None = None
         self._player, self._plan, self._metric, self._path = player, plan, metric, Path(folder) / NAME
+        self._among = among
         self._steps: list[int] = []
         self._reported: list[float] = []
         self._decided = 0
@@ -64,7 +68,7 @@ class Rungs(pl.Callback):
         """Report where a rung has been reached."""
         while trainer.state.fn == "fit" and not trainer.sanity_checking and self._is_at_rung(trainer):
             self._reported.append(self._value(trainer))
-            write_json(self._path, {"values": self._reported})
+            write_json(self._path, {"among": self._among, "values": self._reported})
             self._stand(trainer)
             if trainer.should_stop or self._decided < len(self._reported):
                 return

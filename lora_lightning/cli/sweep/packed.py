@@ -1,0 +1,112 @@
+"""What ``hydra/launcher=lora_packed`` does otherwise than ``lora_local``: jobs that can share a base are one process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hydra.core.utils import JobReturn
+from hydra.types import HydraContext
+from omegaconf import DictConfig, OmegaConf
+
+from lora_lightning.cli.launch import CONFIGS
+from lora_lightning.cli.packed import GroupFile, Packed
+from lora_lightning.cli.sweep import launch as local
+from lora_lightning.cli.sweep.again import to_go_on
+from lora_lightning.cli.sweep.command import job_command, program
+from lora_lightning.cli.sweep.compose import Composed, hydra_config
+from lora_lightning.sweeps import manifest, runs
+from lora_lightning.sweeps.packed import grouping, halving
+from lora_lightning.sweeps.packed.packable import PackableJob, base_config
+from lora_lightning.sweeps.runs import Work
+
+FOLDER = "packed"
+"""In a sweep's folder: what each group's process has to do, and what it has printed."""
+
+
+def launch(
+    context: HydraContext,
+    config: DictConfig,
+    batch: Sequence[Sequence[str]],
+    first: int,
+    options: Mapping[str, Any],
+) -> list[JobReturn]:
+    """Run a batch of jobs and wait for them; arguments and results are those of `lora_lightning.cli.sweep.launch`."""
+    return local.launch(context, config, batch, first, options, works=works)
+
+
+def works(sweep: local.Sweep, jobs: Sequence[Composed]) -> list[Work]:
+    """A process for each group of jobs that are trained together, and for each job that goes alone; says which."""
+    plan = halving.Plan.of(sweep.options.halving)
+    if not _is_ours(sweep.config):
+        print("Each job goes alone: only those of this package's own training command are trained together.")
+        return local.one_process_each(sweep, jobs)
+    composed = {each.job.number: each for each in jobs}
+    packable = [_packable(each) for each in jobs]
+    groups = grouping.group(packable, devices=max(1, sweep.pool.places(jobs[0].job)))
+    for line in grouping.told(groups):
+        print(line)
+    alone = [group.jobs[0].number for group in groups if group.alone is not None]
+    if plan is not None and alone:
+        print(f"Nothing stops before its end of what goes alone (job {', '.join(map(str, alone))}): sweep.halving")
+        print("compares jobs that are trained together.")
+    return [
+        local.work_of(sweep, composed[group.jobs[0].number])
+        if group.alone is not None
+        else _work(sweep, [composed[one.number] for one in group.jobs], _key(group.jobs[0]))
+        for group in groups
+    ]
+
+
+def _work(sweep: local.Sweep, jobs: Sequence[Composed], among: str) -> Work:
+    place = sweep.folder / FOLDER / f"group-{jobs[0].job.number}.json"
+    options = sweep.options
+    file = GroupFile(
+        jobs=tuple(_packed(each) for each in jobs),
+        places=options.jobs_at_once,
+        halving=options.halving,
+        metric=options.metric,
+        mode=options.mode,
+        among=among,
+        earlier=_others(sweep, jobs),
+    ).write(place)
+    return Work(
+        tuple(each.job for each in jobs),
+        (sys.executable, "-m", "lora_lightning.cli.packed", str(file)),
+        place.with_suffix(".log"),
+        ((runs.SWEEP, str(sweep.folder)),),
+    )
+
+
+def _packed(job: Composed) -> Packed:
+    command = job_command((*job.overrides, *to_go_on(job.job.folder, job.config)), job.job.folder)
+    arguments = command[len(program(sys.argv[0])) :]
+    return Packed(job.job.number, str(job.job.folder), arguments, str(job.job.log))
+
+
+def _packable(job: Composed) -> PackableJob:
+    with hydra_config(job.config):
+        config: dict[str, Any] = OmegaConf.to_container(job.settings, resolve=True)  # type: ignore[assignment]
+    return PackableJob(job.job, config, base_config(config.get("model") or {}))
+
+
+def _key(one: PackableJob) -> str:
+    """What jobs have in common that are compared with each other, in a few signs."""
+    return hashlib.sha256(json.dumps(grouping.shared(one), sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _others(sweep: local.Sweep, jobs: Sequence[Composed]) -> dict[str, str]:
+    """Folders of the sweep's other jobs, which may have come to rungs at another time."""
+    known = manifest.read(sweep.folder)
+    here = {each.job.number for each in jobs}
+    entries = () if known is None else known.jobs
+    return {str(each.number): str(sweep.folder / each.folder) for each in entries if each.number not in here}
+
+
+def _is_ours(config: DictConfig) -> bool:
+    """Whether the sweep is one of our own training command, whose task function the jobs' common process knows."""
+    main = [source for source in config.hydra.runtime.config_sources if source.provider == "main"]
+    return any(f"{source.schema}://{source.path}" == CONFIGS for source in main)
