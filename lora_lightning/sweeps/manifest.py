@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -250,7 +250,7 @@ def short_overrides(jobs: Sequence[Any]) -> list[str]:
     if not any(own):  # one job, or the same one again and again
         own = each_one
     keys = {_key(text) for texts in own for text in texts}
-    names = {key: _shortest(key, keys) for key in keys}
+    names = {key: shortest(key, keys) for key in keys}
     short = [" ".join(_short(text, names) for text in texts) or "defaults" for texts in own]
     told_apart = len(set(short)) == len({frozenset(texts) for texts in own})
     return short if told_apart else [" ".join(texts) or "defaults" for texts in own]
@@ -263,7 +263,12 @@ def _key(override: str) -> str:
     return override.partition("=")[0].lstrip("+~").partition("@")[0]
 
 
-def _shortest(key: str, keys: set[str]) -> str:
+def shortest(key: str, keys: Collection[str]) -> str:
+    """The shortest ending of a key that tells it from other keys.
+
+    >>> [shortest(key, ["lora.r", "data.name", "model.name"]) for key in ("lora.r", "data.name")]
+    ['r', 'data.name']
+    """
     parts = key.split(".")
     for length in range(1, len(parts)):
         ending = ".".join(parts[-length:])

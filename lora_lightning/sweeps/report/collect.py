@@ -14,9 +14,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lora_lightning.errors import LoraConfigError, did_you_mean
 from lora_lightning.sweeps import manifest
-from lora_lightning.sweeps.manifest import Entry
+from lora_lightning.sweeps.manifest import Entry, shortest
 from lora_lightning.sweeps.report.reasons import reason_of
-from lora_lightning.sweeps.report.values import is_number, settings_of, short_keys, shown
+from lora_lightning.sweeps.report.values import is_number, settings_of, shown
 from lora_lightning.sweeps.runs import PROGRESS, RESULT, Job, read_json, result_of
 
 STOPPED_BY_SWEEP = ("pruned", "halving")  # how `ended_by` begins where the sweep has stopped a job
@@ -88,7 +88,7 @@ class Sweep:
     @cached_property
     def short(self) -> dict[str, str]:
         """Short names of the swept keys."""
-        return short_keys(self.keys)
+        return {key: shortest(key, self.keys) for key in self.keys}
 
     @property
     def seed_keys(self) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 _EXPONENT = re.compile(r"e\+?(-?)0*(\d)")
@@ -64,18 +64,3 @@ def shown(value: Any, *, zeros: bool = False) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)
-
-
-def short_keys(keys: Sequence[str]) -> dict[str, str]:
-    """The shortest endings of keys that tell them apart.
-
-    >>> short_keys(["lora.r", "optimizer.lr", "data.name", "model.name"])
-    {'lora.r': 'r', 'optimizer.lr': 'lr', 'data.name': 'data.name', 'model.name': 'model.name'}
-    """
-
-    def endings(key: str) -> list[str]:
-        parts = key.split(".")
-        return [".".join(parts[-length:]) for length in range(1, len(parts) + 1)]
-
-    taken = [ending for key in keys for ending in endings(key)]
-    return {key: next((ending for ending in endings(key) if taken.count(ending) == 1), key) for key in keys}
