@@ -32,9 +32,7 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
         report(chosen.folder, metric=chosen.metric, mode=chosen.mode)
 
 
-def report(
-    folder: Path, *, metric: str | None = None, mode: str | None = None, console: Console | None = None
-) -> Path:
+def report(folder: Path, *, metric: str | None = None, mode: str | None = None, console: Console | None = None) -> Path:
     """Write a sweep's report and print its table.
 
     Args:
