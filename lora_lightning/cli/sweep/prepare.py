@@ -1,7 +1,7 @@
 """What the jobs of a sweep need from elsewhere, had once before the first of them starts.
 
-All of it is made ready by one process of its own, which loads torch and ends, so that the sweep's stays light. Jobs then
-find model, data set and tokenised rows, however many of them start at once. Run as a module it is that process.
+All of it is made ready by one process of its own, which loads torch and ends, so that the sweep's stays light. Jobs
+then find model, data set and tokenised rows, however many of them start at once. Run as a module it is that process.
 """
 
 from __future__ import annotations
