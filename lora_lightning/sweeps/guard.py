@@ -115,7 +115,7 @@ def _start(command: list[str]) -> int:
 
 def _ended() -> tuple[dict[int, int], bool]:
     """The statuses of children that have ended, and whether any are left."""
-    ended = {}
+    ended: dict[int, int] = {}
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)

@@ -127,9 +127,9 @@ def entries(jobs: Sequence[Job], sweep: Path, before: Sequence[Entry] = ()) -> l
         first.setdefault(frozenset(entry.overrides), entry.number)
     made = []
     for job in jobs:
-        before = first.setdefault(frozenset(job.overrides), job.number)
+        earliest = first.setdefault(frozenset(job.overrides), job.number)
         folder = os.path.relpath(job.folder, sweep)
-        made.append(Entry(job.number, job.overrides, folder, None if before == job.number else before))
+        made.append(Entry(job.number, job.overrides, folder, None if earliest == job.number else earliest))
     return made
 
 

@@ -199,11 +199,9 @@ run(pickle.load(open(sys.argv[1], "rb")), Pool(2, gpus=(), cores=2), watch=LiveT
 
 def test_a_terminal_has_a_living_table(make_work, environment, tmp_path):
     step = (
-        "folder.mkdir(exist_ok=True)\n"
-        "for n in range(3):\n"
-        "    content = {'step': n, 'steps': 3, 'loss': 1.0, 'seconds_left': 1.0, 'time': time.time()}\n"
-        "    (folder / 'progress.json').write_text(json.dumps(content))\n"
-        "    time.sleep(0.4)\n"
+        "content = {'step': 1, 'steps': 3, 'loss': 1.0, 'seconds_left': 1.0, 'time': time.time()}\n"
+        "(folder / 'progress.json').write_text(json.dumps(content))\n"
+        f"while not Path({str(tmp_path / 'seen')!r}).exists(): time.sleep(0.01)\n"
         "leave(val_loss=0.5, steps=3)"
     )
     file = tmp_path / "works"
@@ -216,6 +214,8 @@ def test_a_terminal_has_a_living_table(make_work, environment, tmp_path):
     try:
         while chunk := os.read(mine, 4096):
             text += chunk
+            if text.count(b"1/3") >= 2:
+                (tmp_path / "seen").touch()
     except OSError:  # so a terminal ends
         pass
     assert process.wait(20) == 0
