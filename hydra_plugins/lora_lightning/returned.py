@@ -33,12 +33,11 @@ class ReturnedValue(Callback):
         if any(os.environ.get(name, "0") != "0" for name in _RANKS):
             return
         path = _result(config)
-        try:
-            left = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        except ValueError:
-            return  # no JSON: it is somebody else's
-        if not isinstance(left, dict):
-            return
+        untouched = _changed_at(path) == self._before
+        left = _read(path)
+        if left is None and not untouched:
+            return  # no mapping in JSON, and this job has written it so
+        left = left or {}
         finished = job_return.status is JobStatus.COMPLETED
         ours = {
             "status": "finished" if finished else "failed",
@@ -46,7 +45,7 @@ class ReturnedValue(Callback):
             "seconds": time.monotonic() - self._started,
             "value": _jsonable(job_return.return_value) if finished else None,
         }
-        content = left | ours if _changed_at(path) == self._before else ours | left
+        content = left | ours if untouched else ours | left
         if content != left:
             beside = path.with_suffix(".json.tmp")
             beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -55,6 +54,16 @@ class ReturnedValue(Callback):
 
 def _result(config: DictConfig) -> Path:
     return Path(config.hydra.runtime.output_dir) / "result.json"
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def _changed_at(path: Path) -> int | None:

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from lora_lightning.cli.overrides import check_command
 from lora_lightning.cli.run_folder import is_first_process
+from lora_lightning.cli.sweep.command import refuse_ranks
 from lora_lightning.cli.told import told
 
 CONFIGS = "pkg://lora_lightning.conf"
@@ -33,8 +34,10 @@ def launch(config_name: str, job: Job, *, command: str | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):  # into a file or a pipe too, what is said is to be seen when it is said
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True)
-    if is_first_process():  # the others were started with what has been checked
-        with told():
+    with told():
+        if {"-m", "--multirun"} & set(sys.argv[1:]):
+            refuse_ranks(os.environ)
+        if is_first_process():  # the others were started with what has been checked
             check_command(sys.argv, config_name, command=command)
     # Under a launcher that moves jobs to other processes, those have a command line of their own.
     started = [os.path.abspath(sys.argv[0]), *sys.argv[1:]]

@@ -91,9 +91,13 @@ def _problems(overrides: list[Override], config_name: str, *, runs: bool) -> lis
     for each in overrides:
         if not groups.has(each) and (problem := _check_key(each, candidates)) is not None:
             problems.append(problem)
+    problems += [_no_values(each) for each in overrides if _is_empty(each)]
     wrong = {problem.argument for problem in problems}
-    config = _compose(config_name, [each for each in overrides if each.input_line not in wrong])
-    return problems + (_check_values(config, runs) if config is not None else [])
+    right = [each for each in overrides if each.input_line not in wrong]
+    config = _compose(config_name, right)
+    if config is None:
+        return problems
+    return problems + _check_values(config, runs) + _check_swept(config, right)
 
 
 class _Groups:
@@ -119,6 +123,8 @@ class _Groups:
         if override.is_delete():
             return self._left_out(group, line, choices)
         sweep = override.is_sweep_override()
+        if sweep and not override.is_discrete_sweep():
+            return Problem(line, f"{group} is chosen by name, and {line} gives a range of numbers")
         values = override.sweep_iterator() if sweep else [override.value()]
         flat = [item for value in values for item in (value if isinstance(value, list) else [value])]
         for value in flat:
@@ -175,18 +181,50 @@ def _compose(config_name: str, overrides: Iterable[Override]) -> DictConfig | No
         return None
 
 
+def _is_empty(override: Override) -> bool:
+    discrete = override.is_sweep_override() and override.is_discrete_sweep()
+    return discrete and next(iter(override.sweep_string_iterator()), None) is None
+
+
+def _no_values(override: Override) -> Problem:
+    line = override.input_line or ""
+    return Problem(line, f"{line} gives {override.key_or_group} no values, so that the grid has no jobs")
+
+
 def _check_values(config: DictConfig, runs: bool) -> list[Problem]:
+    problems = _check_lora(config)
+    if runs:
+        problems += [Problem("", f"{key} has no value yet: add {key}=…") for key in Candidates(config, ()).missing()]
+    return problems
+
+
+def _check_swept(config: DictConfig, overrides: Iterable[Override]) -> list[Problem]:
+    """Try the further values of each swept key of ``lora``, with the first ones of the others.
+
+    Every job as a whole is checked by the launcher before the first one starts: composing each here would take seconds.
+    """
+    known = {problem.message for problem in _check_lora(config)}
     problems = []
+    for each in overrides:
+        if each.key_or_group.startswith("lora.") and each.is_sweep_override() and each.is_discrete_sweep():
+            for value in list(each.sweep_iterator())[1:]:
+                tried = config.copy()
+                OmegaConf.update(tried, each.key_or_group, value)
+                new = [problem for problem in _check_lora(tried) if problem.message not in known]
+                known |= {problem.message for problem in new}
+                problems += new
+    return problems
+
+
+def _check_lora(config: DictConfig) -> list[Problem]:
     try:
         LoraConfig.from_dict(OmegaConf.to_container(config.lora, resolve=True))  # type: ignore[arg-type]
     except LoraConfigError as error:
         lines = str(error).split("\n  - ")
-        problems += [Problem("", f"lora: {line}") for line in (lines[1:] or lines)]
+        return [Problem("", f"lora: {line}") for line in (lines[1:] or lines)]
     except OmegaConfBaseException as error:
-        problems.append(Problem("", f"lora: {error}"))
-    if runs:
-        problems += [Problem("", f"{key} has no value yet: add {key}=…") for key in Candidates(config, ()).missing()]
-    return problems
+        return [Problem("", f"lora: {error}")]
+    return []
 
 
 def _message(problems: list[Problem]) -> str:

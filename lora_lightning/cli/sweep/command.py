@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra._internal.utils import get_args_parser
-from hydra.errors import HydraException
+from hydra.errors import CompactHydraException
 
 from lora_lightning.errors import LoraConfigError
 from lora_lightning.sweeps import runs
@@ -35,7 +35,7 @@ _OF_THE_SWEEP = re.compile(
 )
 
 
-class JobFailed(HydraException):
+class JobFailed(CompactHydraException):
     """A job of a sweep has ended without a result; Hydra prints it without a traceback.
 
     Args:

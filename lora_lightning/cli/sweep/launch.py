@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -164,7 +165,10 @@ def _return(sweep: Sweep, job: Composed, known: Manifest, outcomes: Mapping[int,
         return returns.finished(job, result, sweep.options.metric)
     if outcome is None:
         return returns.failed(job, "it has no result")
-    return returns.failed(job, f"{outcome.state}: {outcome.reason}", state=outcome.state)
+    if outcome is None:
+        return returns.failed(job, "it was not run")
+    told = outcome.reason or ""
+    return returns.failed(job, told if outcome.state == "failed" else f"{outcome.state}, {told}")
 
 
 def _twin(job: Composed, known: Manifest) -> Entry | None:
@@ -219,8 +223,6 @@ def _told() -> Iterator[None]:
     try:
         with told():
             yield
-    except KeyboardInterrupt:
-        print(
-            "The sweep was ended. Started again with the same hydra.sweep.dir, it goes on where it was", file=sys.stderr
-        )
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as ended:
+        print("The sweep was ended. Started again in the same hydra.sweep.dir it goes on where it was", file=sys.stderr)
+        raise SystemExit(128 + getattr(ended, "number", signal.SIGINT)) from None

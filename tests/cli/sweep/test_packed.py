@@ -1,0 +1,168 @@
+"""Jobs trained together against the same jobs, each run by itself."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from safetensors.torch import load_file
+
+from lora_lightning.cli import train
+from lora_lightning.cli.packed import GroupFile, Packed
+from lora_lightning.cli.packing import train_together
+
+SMOKE = (
+    "experiment=smoke",
+    "trainer.accelerator=cpu",
+    "trainer.max_steps=12",
+    "trainer.val_check_interval=5",
+    "trainer.log_every_n_steps=1",
+    "callbacks=minimal",
+)
+# What jobs may have for themselves: rank, scale, targets, dropout, seed (values, order of rows), rates, schedule,
+# clipping, accumulation, early stopping.
+JOBS = {
+    0: ("lora.r=4", "seed=1"),
+    1: (
+        *("lora.r=16", "lora.use_rslora=true", "lora.lora_dropout=0.3"),
+        *("learning_rate=3e-3", "trainer.gradient_clip_val=0.1", "seed=2"),
+    ),
+    2: (
+        *("lora.r=8", "lora.lora_alpha=4", "lora.lora_dropout=0.0", "optimizer.weight_decay=0.1"),
+        *("scheduler=constant", "trainer.accumulate_grad_batches=2", "seed=3"),
+    ),
+    3: (
+        *("lora.r=2", "lora.target_modules=[q_proj,v_proj]", "seed=4"),
+        *("+callbacks.early._target_=lightning.pytorch.callbacks.EarlyStopping", "+callbacks.early.monitor=val_loss"),
+        *("+callbacks.early.min_delta=100", "+callbacks.early.patience=1"),
+    ),
+}
+DIVERGING = ("optimizer.lr=1e200", "lora.r=4")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _as_it_was(demo_cache):
+    """A demo cache of this session; what runs leave in the process is taken back."""
+    before = {name: os.environ.get(name) for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "LORA_LIGHTNING_JOB")}
+    yield
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """Trains jobs together: together({number: overrides}, *common, places=…) gives their folders, by number."""
+
+    def run(jobs, *common, order=None, **settings):
+        root = tmp_path_factory.mktemp("together")
+        made = [_packed(root / str(number), number, (*common, *jobs[number])) for number in order or jobs]
+        stops = []
+        failed = train_together(GroupFile(tuple(made), **settings), stops.append)
+        assert len(stops) == 1
+        return {number: root / str(number) for number in jobs}, failed
+
+    return run
+
+
+def _packed(folder: Path, number: int, overrides: tuple[str, ...]) -> Packed:
+    return Packed(number, str(folder), (*SMOKE, *overrides, f"hydra.run.dir={folder}"), str(folder / "job.log"))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Runs one job by itself, in this process: alone(*overrides) gives its folder."""
+
+    def run(*overrides):
+        folder = tmp_path_factory.mktemp("alone") / "run"
+        quiet = ("hydra/job_logging=none", "hydra/hydra_logging=none")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.argv", ["train.py", *SMOKE, *overrides, *quiet, f"hydra.run.dir={folder}"])
+            GlobalHydra.instance().clear()
+            train.main()
+            GlobalHydra.instance().clear()
+        return folder
+
+    return run
+
+
+def curves(folder: Path) -> dict[str, list[float]]:
+    """Each column of a run's metrics but what is measured with a clock."""
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    columns = {key for row in rows for key in row} - {"tokens_per_second"}
+    return {key: [float(row[key]) for row in rows if row.get(key)] for key in sorted(columns)}
+
+
+def result(folder: Path) -> dict:
+    return json.loads((folder / "result.json").read_text())
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def assert_same(one: Path, other: Path, tolerance: float) -> None:
+    a, b = curves(one), curves(other)
+    assert a.keys() == b.keys()
+    assert len(a["train_loss"]) > 3
+    for key in a:
+        assert a[key] == pytest.approx(b[key], rel=tolerance, abs=tolerance), key
+    torch.testing.assert_close(adapter(one), adapter(other), rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def exact(together):
+    """The jobs in float64, beside one that diverges."""
+    return together(JOBS | {4: DIVERGING}, "trainer.precision=64-true")
+
+
+def test_each_job_is_what_it_is_by_itself(exact, alone):
+    folders, failed = exact
+    assert failed
+    for number, overrides in JOBS.items():
+        by_itself = alone("trainer.precision=64-true", *overrides)
+        assert_same(folders[number], by_itself, 1e-10)
+        ours, theirs = result(folders[number]), result(by_itself)
+        assert ours["shared_with"] == 4
+        measured = {"seconds", "tokens_per_second", "peak_memory_bytes", "adapter_path", "best_adapter_path"}
+        for key in theirs.keys() - measured - {"overrides"}:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-10), key
+        assert {each.name for each in by_itself.iterdir()} <= {each.name for each in folders[number].iterdir()} | {
+            "loss.png"
+        }
+        config = [(each / "config.yaml").read_text().replace(str(each), "") for each in (folders[number], by_itself)]
+        assert config[0] == config[1]
+
+
+def test_an_early_stop_is_the_jobs_own(exact):
+    folders, _ = exact
+    assert result(folders[3])["steps"] == 10
+    assert result(folders[3])["ended_by"] == "early stopping"
+    assert [result(folders[number])["steps"] for number in (0, 1)] == [12, 12]
+
+
+def test_a_job_that_diverges_ends_alone(exact, together):
+    folders, _ = exact
+    assert result(folders[4])["status"] == "failed"
+    assert "not finite" in (folders[4] / "job.log").read_text()
+    without, failed = together(JOBS, "trainer.precision=64-true", order=[3, 1, 0, 2])
+    assert not failed
+    for number in JOBS:
+        assert_same(folders[number], without[number], 1e-10)
+
+
+def test_float32_stays_close_to_the_run_by_itself(together, alone):
+    jobs = {0: ("lora.r=16", "lora.lora_dropout=0.1", "seed=5"), 1: ("lora.r=4", "learning_rate=3e-3", "seed=6")}
+    common = ("trainer.max_steps=50", "trainer.val_check_interval=25")
+    folders, _ = together(jobs, *common)
+    for number, overrides in jobs.items():
+        by_itself = alone(*common, *overrides)
+        for key in ("train_loss", "val_loss"):
+            assert curves(folders[number])[key] == pytest.approx(curves(by_itself)[key], abs=1e-4)
