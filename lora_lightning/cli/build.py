@@ -87,7 +87,7 @@ def make_parts(cfg: DictConfig, **more: Any) -> Parts:
     return Parts(make(cfg.task, **live, **more), data)
 
 
-def make_data(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, *, keep: bool) -> LightningDataModule:
+def make_data(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, *, keep: bool) -> Any:
     """The data module.
 
     Args:

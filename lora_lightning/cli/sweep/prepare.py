@@ -63,14 +63,15 @@ def prepare_all(configs: Iterable[DictConfig]) -> None:
 def distinct(configs: Sequence[DictConfig]) -> list[dict[str, Any]]:
     """The ``model`` and ``data`` of configurations as plain values, those that come to the same files once."""
     found: dict[str, dict[str, Any]] = {}
-    for config in filter(_is_ours, configs):
+    for config in filter(is_ours, configs):
         with hydra_config(config):
             settings = {part: OmegaConf.to_container(config[part], resolve=True) for part in ("model", "data")}
         found.setdefault(_key(settings), settings)
     return list(found.values())
 
 
-def _is_ours(config: DictConfig) -> bool:
+def is_ours(config: DictConfig) -> bool:
+    """Whether a configuration is one of this package's own scripts, which says what its parts mean."""
     sources = config.hydra.runtime.config_sources
     return any(f"{each.schema}://{each.path}" == CONFIGS for each in sources if each.provider == "main")
 
