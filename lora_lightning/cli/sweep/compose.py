@@ -75,8 +75,11 @@ def compose_jobs(
     for number, overrides in enumerate(batch, first):
         try:
             composed.append(_compose(context, sweep, tuple(overrides), number))
-        except (HydraException, OmegaConfBaseException, LoraConfigError) as error:
+        except (HydraException, OmegaConfBaseException) as error:
             problems.append((number, str(error)))
+        except LoraConfigError as error:
+            lines = str(error).split("\n  - ")  # each by itself, since other jobs share some of them
+            problems += [(number, line) for line in (lines[1:] or lines)]
     return composed, problems + _shared_folders(composed)
 
 

@@ -27,6 +27,7 @@ from lora_lightning.cli.sweep.compose import Composed, compose_jobs, own_overrid
 from lora_lightning.cli.sweep.options import Options
 from lora_lightning.cli.sweep.places import with_devices
 from lora_lightning.cli.sweep.prepare import prepare_all
+from lora_lightning.cli.sweep.watch import SweepTable
 from lora_lightning.cli.told import told
 from lora_lightning.errors import LoraConfigError
 from lora_lightning.sweeps import engine, manifest, runs
@@ -122,14 +123,15 @@ def _run(sweep: Sweep, jobs: Sequence[Composed], works: Works) -> list[JobReturn
     """Run what is not finished yet, leave the report, and gather what all jobs came to."""
     known = manifest.open_sweep(sweep.folder, _manifest(sweep, jobs))
     to_run = _left(jobs, known)
+    prepare_all([each.config for each in to_run])
     outcomes: Mapping[int, engine.Outcome] = {}
     try:
         if to_run:
-            prepare_all(each.config for each in to_run)
             outcomes = engine.run(
                 works(sweep, to_run),
                 sweep.pool,
                 fail_fast=sweep.options.fail_fast,
+                watch=SweepTable(sweep.options.metric),
                 environment=clean_environment(),
             )
     except BaseException:

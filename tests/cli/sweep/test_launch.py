@@ -143,9 +143,9 @@ def test_all_lora_configurations_that_are_refused(refused, app):
     (app.parent / "conf" / "config.yaml").open("a").write(lora)
     told = refused("x=8,0,-1", "y=0,3")
     assert "5 of 6 jobs cannot be run" in told
-    assert "jobs 2, 3 (the first is x=0 y=0)" in told or "job 2 (x=0 y=0): r must be at least 1, got 0" in told
-    assert "r must be at least 1, got -1" in told
-    assert "lora_dropout must be a probability in [0, 1), got 3" in told
+    assert "jobs 2, 3 (the first is x=0 y=0): r must be at least 1, got 0" in told
+    assert "jobs 4, 5 (the first is x=-1 y=0): r must be at least 1, got -1" in told
+    assert "jobs 1, 3, 5 (the first is x=8 y=3): lora_dropout must be a probability in [0, 1), got 3" in told
 
 
 def test_a_folder_of_another_sweep(multirun, refused):
