@@ -19,7 +19,6 @@ from hydra import version
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path, get_args_parser
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import run_job
 from hydra.types import HydraContext, RunMode
@@ -30,6 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_lightning.cli.build import Parts, make_parts, make_trainer
 from lora_lightning.cli.launch import CONFIGS
+from lora_lightning.cli.overrides import GlobalHydraKept
 from lora_lightning.cli.packed import GroupFile
 from lora_lightning.cli.quiet import quieten
 from lora_lightning.cli.told import show_error
@@ -102,11 +102,11 @@ def compose(commands: Sequence[Sequence[str]]) -> list[tuple[Hydra, DictConfig]]
         search_path = create_config_search_path(given.config_path or CONFIGS)
         if given.config_dir is not None:
             search_path.append("command-line", f"file://{Path(given.config_dir).absolute()}")
-        GlobalHydra.instance().clear()
-        hydra = Hydra.create_main_hydra2("train", search_path)
-        config = hydra.compose_config(
-            given.config_name or "train", given.overrides, run_mode=RunMode.RUN, with_log_configuration=False
-        )
+        with GlobalHydraKept():
+            hydra = Hydra.create_main_hydra2("train", search_path)
+            config = hydra.compose_config(
+                given.config_name or "train", given.overrides, run_mode=RunMode.RUN, with_log_configuration=False
+            )
         composed.append((hydra, config))
     return composed
 

