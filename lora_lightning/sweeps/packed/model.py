@@ -48,6 +48,7 @@ class PackedModel:
         self.model = shell_of(base).requires_grad_(False)
         self._seating = Seating()
         self._models: list[nn.Module] = []
+        self._layers: list[list[LoraLinear]] = []
         self._stacks: list[Stack] = []
         self._views: list[tuple[nn.Parameter, int]] = []
         self._dropout: list[float] = []
@@ -80,6 +81,7 @@ class PackedModel:
             own = [[each.get(names[id(layer)]) for layer in layers] for each in adapters]
             self._stacks.append(Stack(layers, own, self._seating))
         self._models = list(models)
+        self._layers = [list(each.values()) for each in adapters]
         self._views = [
             (p, p.data_ptr()) for each in adapters for layer in each.values() for p in layer.lora_own.values()
         ]
@@ -110,8 +112,9 @@ class PackedModel:
         Raises:
             LoraConfigError: The batches do not go together, or a model's adapter is switched off.
         """
-        self._keep_seats()
         slots = tuple(sorted(batches))
+        self._check_slots(slots)
+        self._keep_seats()
         rows, widths, batch = _side_by_side([batches[slot] for slot in slots])
         if self.model.training != train:
             self.model.train(train)
@@ -134,6 +137,21 @@ class PackedModel:
             slot: SlotLoss(total.detach(), terms, found[slot])
             for slot, total, terms in zip(slots, totals, counts_n.unbind(), strict=True)
         }
+
+    def _check_slots(self, slots: Sequence[int]) -> None:
+        there = range(len(self._models))
+        if not slots or not set(slots) <= set(there):
+            raise LoraConfigError(
+                f"batches are given by slot, 0 to {len(there) - 1}, got {', '.join(map(str, slots)) or 'none'}"
+                if there
+                else "no model has been seated: call seat(models) before losses(batches)"
+            )
+        for slot in slots:
+            if not all(layer.lora_enabled for layer in self._layers[slot]):
+                raise LoraConfigError(
+                    f"job {slot} of the packed jobs has its adapter switched off (lora_disabled): its base alone is "
+                    "computed on the model itself"
+                )
 
     def _gradients(self, totals: Sequence[Tensor]) -> dict[int, list[tuple[nn.Parameter, Tensor]]]:
         leaves = [leaf for stack in self._stacks for leaf in stack.leaves]
@@ -165,7 +183,7 @@ class PackedModel:
         for module in self.model.modules():
             if isinstance(module, PackedLoraLinear):
                 unpack(module)
-        self._models, self._stacks, self._views, self._dropout = [], [], [], []
+        self._models, self._layers, self._stacks, self._views, self._dropout = [], [], [], [], []
 
     def _check(self, models: Sequence[nn.Module]) -> None:
         modules = dict(canonical_modules(self.model))

@@ -6,6 +6,7 @@ import copy
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_lightning import LoraConfig, inject_lora
@@ -27,7 +28,18 @@ def tiny_llama(dtype=torch.float64, **settings):
         num_key_value_heads=2,
         **settings,
     )
-    return LlamaForCausalLM(config).to(dtype).train()
+    model = LlamaForCausalLM(config).to(dtype).train()
+    return _exact(model) if dtype == torch.float64 else model
+
+
+def _exact(model):
+    """With norms in double precision: Llama's own round to single, which turns a last bit into an eighth digit."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child).__name__ == "LlamaRMSNorm":
+                norm = nn.RMSNorm(len(child.weight), child.variance_epsilon, dtype=torch.float64)
+                setattr(parent, name, norm)
+    return model
 
 
 def adapted(model, config, seed=0):
