@@ -46,7 +46,7 @@ def test_jobs_are_listed_and_none_is_started(command, tmp_path):
 
 
 def test_what_is_there_already_is_told_and_taken_for_a_measure(command, tmp_path):
-    _finished(tmp_path / "out" / "0", "lora.r=2", "seed=1")
+    _finished(tmp_path / "out" / "0", *FAST, "lora.r=2", "seed=1")
     (tmp_path / "out" / "1" / "checkpoints").mkdir(parents=True)
     before = sorted(path for path in (tmp_path / "out").rglob("*"))
     told = command(TRAIN, "-m", *FAST, "lora.r=2,4,2", "seed=1", cwd=tmp_path, XDG_CACHE_HOME=str(tmp_path / "cache"))
