@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 _DIRECTIONS = {"min": "minimize", "max": "maximize", "minimize": "minimize", "maximize": "maximize"}
 _APART = 1_000_003  # between the seeds of two batches, so that other searches' seeds, 0, 1, 2, do not meet them
 
+# Their seed is that of a whole plan, and the study knows how far it has come.
+_PLANNED = ("GridSampler", "QMCSampler")
+
 
 @dataclass(frozen=True)
 class Options:
@@ -62,6 +65,8 @@ class Options:
             space: What is searched.
             before: How many trials there are so far.
         """
+        if self._target().endswith(_PLANNED):
+            before = 0
         seed = None if self.seed is None else self.seed + _APART * before
         return made_of(self.sampler, SAMPLERS, seed=seed, **self._grid(space))
 
@@ -95,10 +100,13 @@ class Options:
 
     def _grid(self, space: Space) -> dict[str, Any]:
         """All values, for a sampler that goes through a grid."""
-        name = self.sampler if isinstance(self.sampler, str) else str(self.sampler.get("_target_"))
-        if not name.lower().endswith(("grid", "gridsampler")):
+        if not self._target().endswith("GridSampler"):
             return {}
         values = {key: each.all() for key, each in space.searched.items()}
         if endless := [key for key, each in values.items() if each is None]:
             raise LoraConfigError(f"A grid needs values that can be counted, and {', '.join(endless)} has an interval")
         return {"search_space": {key: list(each or ()) for key, each in values.items()}}
+
+    def _target(self) -> str:
+        spec = SAMPLERS.get(self.sampler, {}) if isinstance(self.sampler, str) else self.sampler
+        return str(spec.get("_target_"))

@@ -10,7 +10,15 @@ from typing import Any, NamedTuple, TypeAlias
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, Quote, QuotedString, RangeSweep, Sweep
+from hydra.core.override_parser.types import (
+    ChoiceSweep,
+    IntervalSweep,
+    Override,
+    Quote,
+    QuotedString,
+    RangeSweep,
+    Sweep,
+)
 from hydra.errors import HydraException
 
 from lora_lightning.errors import LoraConfigError
@@ -82,6 +90,11 @@ class Space(NamedTuple):
 
     fixed: tuple[str, ...]
     searched: dict[str, Dimension]
+
+    def size(self) -> float:
+        """How many combinations there are; infinite where numbers of an interval cannot be counted."""
+        counted = [values.all() for values in self.searched.values()]
+        return math.prod(math.inf if values is None else len(values) for values in counted)
 
     def described(self) -> dict[str, Any]:
         """The same as plain values, to compare one search with another."""
@@ -168,6 +181,8 @@ def _dimension(override: Override) -> Dimension:
     if override.is_choice_sweep():
         if tags:
             raise LoraConfigError("log is for numbers: tag(log,interval(low,high))")
+        if isinstance(value, ChoiceSweep):
+            value.shuffle = False  # the order means nothing to a search, and is to be the same when it goes on
         texts = tuple(dict.fromkeys(override.sweep_string_iterator()))
         if not texts:
             raise LoraConfigError("there is nothing to choose from")

@@ -57,6 +57,8 @@ class Trials:
             directions=options.directions,  # type: ignore[arg-type]  # checked there
             load_if_exists=True,
         )
+        # Samplers that have come to the end of a grid end a loop of optuna's own, which this is not.
+        self.study.stop = lambda: None  # type: ignore[method-assign]
         self._check_is_same(space.described() | {"directions": options.directions})
 
     def all(self, *states: str) -> list[FrozenTrial]:
@@ -80,16 +82,18 @@ class Trials:
         return left
 
     def ask(self, most: int) -> dict[int, FrozenTrial]:
-        """The next trials, by the number of their job; none when there are as many as the search is to have.
+        """The next trials, by the number of their job; none when there are as many as are wanted, or nothing is new.
 
         Those that repeat an earlier one are not among them: they share what comes of that one.
         """
         while True:
             self.settle_twins()
-            wanted = min(most, self._options.n_trials - len(self.all()))
+            trials = self.all()
+            tried = sum(JOB in trial.user_attrs for trial in trials)
+            wanted = min(most, self._options.n_trials - len(trials), self._space.size() - tried)
             if wanted <= 0:
                 return {}
-            if new := self._asked(wanted):
+            if new := self._asked(int(wanted)):
                 return new
 
     def tell(self, number: int, value: Any) -> None:
@@ -124,7 +128,7 @@ class Trials:
         from optuna.trial import TrialState
 
         trials = self.all()
-        for trial in self.all("RUNNING"):
+        for trial in (each for each in self.all("RUNNING") if TWIN in each.user_attrs):
             twin = trials[trial.user_attrs[TWIN]]
             if twin.state == TrialState.COMPLETE:
                 self.study.tell(trial.number, twin.values)
