@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.errors import AdapterError
+from lora_lightning.errors import AdapterError, LoraConfigError
 from lora_lightning.sweeps.packed.baton import Player
 from lora_lightning.sweeps.packed.halving import Board, Place
 from lora_lightning.sweeps.packed.requests import AtRung, Score
@@ -62,6 +62,7 @@ class Conductor:
         self._known: set[Player] = set()
         self._alone: set[Player] = set()
         self._cohort: dict[Player, int] = {}
+        self._told: set[str] = set()
         self._signal = 0
 
     def run(self, players: Sequence[Player]) -> None:
@@ -136,10 +137,18 @@ class Conductor:
                     train=train,
                     drawing=lambda slot: self._seats[slot].context.drawing(device),
                 )
+        except LoraConfigError as error:  # what does not go together goes by itself, and who is wrong fails alone
+            self._tell(f"Not scored together: {error}")
+            return {}
         except Exception as error:  # it is for each job's Trainer to end the job
             traceback.print_exc()
             return {player: _failed(players, error) for player in players}
         return {player: losses[slot] for slot, player in slots.items()}
+
+    def _tell(self, message: str) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            print(message, flush=True)
 
     def _is_alone(self, player: Player) -> bool:
         if player not in self._known:
