@@ -118,6 +118,24 @@ def test_a_choice_of_a_sweep_is_checked_too():
     assert "no choice 'huge'" in str(refusal("-m", "lora=balanced,huge"))
 
 
+def test_every_value_of_a_swept_key_is_tried():
+    message = str(refusal("-m", "lora.r=8,0,x", "lora.lora_dropout=0,0.5,2", "learning_rate=range(1,1)"))
+    assert "r must be at least 1, got 0" in message
+    assert "r must be a whole number of at least 1, got 'x'" in message
+    assert "lora_dropout must be a probability in [0, 1), got 2" in message
+    assert "learning_rate=range(1,1) gives learning_rate no values" in message
+
+
+@pytest.mark.parametrize("typed", [["sweep.dry_run=true", "sweep.devices_per_job=2"], ["hparams_search=optuna"]])
+def test_settings_of_a_sweep_are_known(typed):
+    check_command(["scripts/train.py", "-m", "lora.r=4,8", *typed], "train")
+    assert "did you mean sweep.fail_fast?" in str(refusal("-m", "sweep.failfast=true"))
+
+
+def test_a_choice_is_no_range_of_numbers():
+    assert "chosen by name" in str(refusal("-m", "lora=interval(1,3)"))
+
+
 @pytest.mark.parametrize("typed", ["lora=null", "~lora", "lora=[balanced,null]", "~lora=balanced"])
 def test_a_group_that_every_run_reads_cannot_be_left_out(typed):
     error = refusal("experiment=smoke", typed)

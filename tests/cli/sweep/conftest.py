@@ -15,11 +15,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn
 
-import lora_lightning
 from lora_lightning.cli.sweep import launch
 from lora_lightning.cli.sweep.command import JobFailed
+from tests.cli.conftest import ROOT
 
-ROOT = Path(lora_lightning.__file__).parents[1]
 LOCAL = ("hydra/launcher=lora_local", "hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.sweep.dir=out")
 
 _SCRIPT = """

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.sweep.conftest import ROOT
+from tests.cli.conftest import ROOT
 
 pytestmark = pytest.mark.slow
 TRAIN = ROOT / "scripts" / "train.py"
