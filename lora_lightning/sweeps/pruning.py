@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -40,19 +41,18 @@ class PruneTrial(Callback):
     def _is_hopeless(self, trainer: Trainer) -> bool:
         import optuna
 
-        note, step = self._note, trainer.global_step
+        note, step, value = self._note, trainer.global_step, self._value(trainer)
         storage = open_storage(Path(note.study))
-        trial_id = storage.get_trial_id_from_study_id_trial_number(
-            storage.get_study_id_from_name(note.name), note.trial
-        )
-        if step not in storage.get_trial(trial_id).intermediate_values:
-            storage.set_trial_intermediate_value(trial_id, step, self._value(trainer))
+        trial = storage.get_trial_id_from_study_id_trial_number(storage.get_study_id_from_name(note.name), note.trial)
+        if step not in storage.get_trial(trial).intermediate_values:
+            storage.set_trial_intermediate_value(trial, step, value)
+        if step >= trainer.estimated_stepping_batches:
+            return False  # there is nothing left to save
         pruner = made_of(note.pruner, PRUNERS)
         study = optuna.load_study(study_name=note.name, storage=storage, pruner=pruner)
-        at_its_end = step >= trainer.estimated_stepping_batches  # nothing would be saved
-        hopeless = not at_its_end and pruner.prune(study, storage.get_trial(trial_id))
+        hopeless = not math.isfinite(value) or pruner.prune(study, storage.get_trial(trial))
         if hopeless:
-            storage.set_trial_user_attr(trial_id, PRUNED, step)
+            storage.set_trial_user_attr(trial, PRUNED, step)
         return hopeless
 
     def _value(self, trainer: Trainer) -> float:
