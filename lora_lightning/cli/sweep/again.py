@@ -7,10 +7,9 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from lora_lightning.sweeps.processes import LOCK
-from lora_lightning.sweeps.runs import LOG
 from lora_lightning.sweeps.study import NOTE
 
-_OF_THE_START = {".hydra", LOG, LOCK, NOTE}
+_OF_THE_START = {".hydra", LOCK, NOTE}
 
 
 def to_go_on(folder: Path, config: DictConfig) -> tuple[str, ...]:
@@ -22,7 +21,7 @@ def to_go_on(folder: Path, config: DictConfig) -> tuple[str, ...]:
     """
     if "resume" not in config or "ckpt_path" not in config or config.resume is not None:
         return ()
-    if not folder.is_dir() or all(each.name in _OF_THE_START for each in folder.iterdir()):
+    if not folder.is_dir() or all(each.name in _OF_THE_START or each.suffix == ".log" for each in folder.iterdir()):
         return ()
     if config.ckpt_path is None:
         return ("resume=auto",)
