@@ -31,6 +31,7 @@ from lora_lightning.cli.build import Parts, make_parts, make_trainer
 from lora_lightning.cli.launch import CONFIGS
 from lora_lightning.cli.overrides import GlobalHydraKept
 from lora_lightning.cli.packed import GroupFile
+from lora_lightning.cli.packed_places import places_for
 from lora_lightning.cli.quiet import quieten
 from lora_lightning.cli.told import show_error
 from lora_lightning.cli.training import train
@@ -68,7 +69,7 @@ def train_together(group: GroupFile, hear: Callable[[Callable[[int], None]], Non
     configs = compose([job.arguments for job in group.jobs])
     shared = Shared(configs[0][1])
     board = None if plan is None else Board(plan.eta, group.mode, _earlier(group))
-    places = group.places or len(group.jobs)
+    places = group.places or shared.places([config for _, config in configs])
     conductor = Conductor(PackedModel(shared.network), places=places, board=board, why_alone=why_not_packed)
     hear(conductor.stop)
     with ExitStack() as screens:
@@ -119,8 +120,7 @@ class Shared:
     """
 
     def __init__(self, config: DictConfig) -> None:
-        settings = config.copy()
-        settings.trainer.default_root_dir = None  # of no job
+        settings = _of_no_job(config)
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         model = ModelConfig.of(OmegaConf.to_container(settings.model, resolve=True))  # type: ignore[arg-type]  # a dict
@@ -128,6 +128,11 @@ class Shared:
         network = load_model(replace(model, in_parts=False), "causal_lm")
         strategy = make_trainer(settings, [], []).strategy
         self.network: nn.Module = strategy.precision_plugin.convert_module(network).to(strategy.root_device)
+
+    def places(self, configs: Sequence[DictConfig]) -> int:
+        """How many jobs train at once."""
+        settings = [_of_no_job(config) for config in configs]
+        return places_for(settings, self.network, self._tokenizer(settings[0]))
 
     def parts(self, cfg: DictConfig, player: Player, callbacks: Sequence[Callback]) -> Parts:
         """The task and the data of one job."""
@@ -176,6 +181,13 @@ class _Run:
             configure_logging=False,
         )
         return returned.return_value  # of a job that has failed, its error
+
+
+def _of_no_job(config: DictConfig) -> DictConfig:
+    """Settings that name no folder, which only Hydra knows, and only while a job runs."""
+    settings = config.copy()
+    settings.trainer.default_root_dir = None
+    return settings
 
 
 def _earlier(group: GroupFile) -> dict[int, list[float]]:

@@ -22,9 +22,16 @@ from omegaconf import DictConfig
 from lora_lightning import __version__
 from lora_lightning.cli.sweep import returns
 from lora_lightning.cli.sweep.again import to_go_on
-from lora_lightning.cli.sweep.command import clean_environment, job_command, job_variables, program, refuse_ranks
+from lora_lightning.cli.sweep.command import (
+    clean_environment,
+    job_command,
+    job_variables,
+    place_of,
+    program,
+    refuse_ranks,
+)
 from lora_lightning.cli.sweep.compose import Composed, compose_jobs, own_overrides, refuse
-from lora_lightning.cli.sweep.options import Options
+from lora_lightning.cli.sweep.options import Options, refuse_halving
 from lora_lightning.cli.sweep.places import with_devices
 from lora_lightning.cli.sweep.prepare import prepare_all
 from lora_lightning.cli.sweep.watch import SweepTable
@@ -87,6 +94,8 @@ def launch(
         configure_log(config.hydra.hydra_logging, config.hydra.verbose)
         refuse_ranks(os.environ)
         checked = Options.of(options)
+        if works is None:
+            refuse_halving(checked.halving)
         sweep = Sweep(Path(config.hydra.sweep.dir).resolve(), config, checked, Pool(checked.jobs_per_device))
         jobs = _jobs(context, sweep, batch, first)
         if checked.dry_run:
@@ -102,7 +111,7 @@ def one_process_each(sweep: Sweep, jobs: Sequence[Composed]) -> list[Work]:
 
 def work_of(sweep: Sweep, job: Composed) -> Work:
     """The process of one job."""
-    overrides = (*job.overrides, *to_go_on(job.job.folder, job.config))
+    overrides = (*job.overrides, *place_of(job.job, sweep.folder), *to_go_on(job.job.folder, job.config))
     variables = job_variables(sweep.folder, job.job.number)
     return Work((job.job,), job_command(overrides, job.job.folder), job.job.log, tuple(variables.items()))
 
@@ -121,6 +130,7 @@ def _jobs(context: HydraContext, sweep: Sweep, batch: Sequence[Sequence[str]], f
 
 def _run(sweep: Sweep, jobs: Sequence[Composed], works: Works) -> list[JobReturn]:
     """Run what is not finished yet, leave the report, and gather what all jobs came to."""
+    print(f"Sweep folder: {sweep.folder}", flush=True)
     known = manifest.open_sweep(sweep.folder, _manifest(sweep, jobs))
     to_run = _left(jobs, known)
     prepare_all([each.config for each in to_run])

@@ -50,5 +50,18 @@ class Options:
         return cls(**plain)
 
 
+def refuse_halving(halving: Any) -> None:
+    """Refuse successive halving where jobs are processes of their own, which cannot wait for each other.
+
+    Raises:
+        LoraConfigError: It is asked for.
+    """
+    if halving:
+        raise LoraConfigError(
+            f"sweep.halving={halving} compares jobs that are trained side by side: add hydra/launcher=lora_packed. "
+            "With this launcher hparams_search=optuna stops hopeless trials early"
+        )
+
+
 def _counts(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1

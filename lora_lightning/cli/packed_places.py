@@ -1,0 +1,45 @@
+"""How many of the jobs of a group train at once, told before the first of them begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from lora_lightning.cli.build import make_data
+from lora_lightning.config import LoraConfig
+from lora_lightning.sweeps.packed import memory
+from lora_lightning.sweeps.packed.packable import precision_of
+from lora_lightning.sweeps.packed.shell import shell_of
+
+
+def places_for(configs: Sequence[DictConfig], network: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+    """As many as fit into memory, by what a step of one of them takes.
+
+    Args:
+        configs: Of all jobs of the group.
+        network: Their base, where and as they train it.
+        tokenizer: Its tokenizer.
+    """
+    config = configs[0]
+    data = make_data(config, tokenizer, keep=True)
+    data.setup()
+    needs = memory.needs(
+        shell_of(network),
+        [LoraConfig.from_dict(_plain(each.lora)) for each in configs],
+        memory.longest_row(data, config.data.get("max_length")),
+        rows=config.data.batch_size,
+        moments=max(memory.moments_of(None if each.optimizer is None else _plain(each.optimizer)) for each in configs),
+        precision=precision_of(_plain(config.trainer)),
+    )
+    free = memory.free_memory(next(network.parameters()).device)
+    places = memory.places(needs, free)
+    print(memory.told(needs, places, free), flush=True)
+    return places
+
+
+def _plain(node: DictConfig) -> dict[str, Any]:
+    return OmegaConf.to_container(node, resolve=True)  # type: ignore[return-value]  # a group is a dict
