@@ -61,7 +61,7 @@ class PackedModel:
         before and are no longer get memory of their own again.
 
         Args:
-            models: Injected shells of the base, in the order of their slots.
+            models: Injected shells of the base, in the order of their slots; none lets all go.
 
         Raises:
             LoraConfigError: A model cannot be seated.
@@ -86,10 +86,6 @@ class PackedModel:
             (p, p.data_ptr()) for each in adapters for layer in each.values() for p in layer.lora_own.values()
         ]
         self._dropout = [max((layer.lora_dropout for layer in each.values()), default=0.0) for each in adapters]
-
-    def unseat_all(self) -> None:
-        """Give every parameter memory of its own again."""
-        self.seat([])
 
     def losses(
         self,
