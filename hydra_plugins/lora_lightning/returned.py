@@ -11,7 +11,7 @@ from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 _RANKS = ("LOCAL_RANK", "RANK", "GLOBAL_RANK", "NODE_RANK")
 
@@ -39,12 +39,14 @@ class ReturnedValue(Callback):
             return  # no mapping in JSON, and this job has written it so
         left = left or {}
         finished = job_return.status is JobStatus.COMPLETED
-        ours = {
+        ours: dict[str, Any] = {
             "status": "finished" if finished else "failed",
             "overrides": list(job_return.overrides or ()),
             "seconds": time.monotonic() - self._started,
             "value": _jsonable(job_return.return_value) if finished else None,
         }
+        if finished and isinstance(metric := OmegaConf.select(config, "optimized_metric"), str):
+            ours[metric] = ours["value"]  # by custom this setting names what is returned
         content = left | ours if untouched else ours | left
         if content != left:
             beside = path.with_suffix(".json.tmp")

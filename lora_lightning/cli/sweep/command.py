@@ -83,6 +83,11 @@ def job_command(overrides: Sequence[str], folder: Path, *, argv: Sequence[str] |
     )
 
 
+def place_of(job: runs.Job, sweep: Path) -> tuple[str, ...]:
+    """Hydra's own settings that a job would have in the sweep's process, for configurations that read them."""
+    return (f"hydra.job.num={job.number}", f"hydra.job.id='{job.number}'", f"hydra.sweep.dir={quoted(str(sweep))}")
+
+
 def clean_environment() -> dict[str, str]:
     """The environment of this process without what places it in a group of processes."""
     return {name: value for name, value in os.environ.items() if not _OTHERS.fullmatch(name)}
@@ -122,7 +127,8 @@ def run_alone(
         JobFailed: It ended with an error or left no result; with the last lines that it printed.
     """
     job = runs.Job(number, tuple(overrides), folder)
-    process = Process(Work((job,), job_command(overrides, folder, argv=argv), job.log), job_environment(sweep, number))
+    command = job_command((*overrides, *place_of(job, sweep)), folder, argv=argv)
+    process = Process(Work((job,), command, job.log), job_environment(sweep, number))
     try:
         status = process.wait()
     except BaseException:

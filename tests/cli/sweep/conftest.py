@@ -27,7 +27,7 @@ _SCRIPT = """
 
     @hydra.main(version_base="1.3", config_path="conf", config_name="config")
     def main(cfg):
-        print("attempt", cfg.x, cfg.y, flush=True)
+        print("attempt", cfg.x, cfg.y, "job", cfg.place, flush=True)
         if cfg.wait_for and cfg.x >= 2:
             while not os.path.exists(cfg.wait_for):
                 time.sleep(0.05)
@@ -41,6 +41,7 @@ _SCRIPT = """
 _CONFIG = """
     x: 1
     y: 2
+    place: ${hydra:job.num} of ${hydra:sweep.dir}
     fails: null
     wait_for: null
     trainer:

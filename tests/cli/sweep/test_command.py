@@ -116,8 +116,9 @@ class Returned:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def __call__(self, value, *, own: str | None = None, status=JobStatus.COMPLETED):
-        config = OmegaConf.create({"hydra": {"runtime": {"output_dir": str(self.folder)}}})
+    def __call__(self, value, *, own: str | None = None, metric: str | None = None, status=JobStatus.COMPLETED):
+        hydra = {"runtime": {"output_dir": str(self.folder)}}
+        config = OmegaConf.create({"hydra": hydra, "optimized_metric": metric})
         returned = JobReturn(overrides=["x=1"], status=status)
         returned.return_value = value
         hook = ReturnedValue()
@@ -139,6 +140,11 @@ def test_what_a_job_returns_is_written(returned, value, written):
     content = json.loads(returned(value))
     assert content.pop("seconds") >= 0
     assert content == {"status": "finished", "overrides": ["x=1"], "value": written}
+
+
+def test_what_is_returned_is_the_optimized_metric_where_one_is_named(returned):
+    content = json.loads(returned(0.5, metric="val/acc"))
+    assert (content["value"], content["val/acc"]) == (0.5, 0.5)
 
 
 def test_a_result_of_the_jobs_own_stays_and_gets_what_it_lacks(returned):

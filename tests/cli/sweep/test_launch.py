@@ -59,6 +59,7 @@ def test_each_job_runs_with_its_own_settings_and_returns_its_own_value(multirun)
             "-",
             job.overrides[1],
         ]
+        assert f"job {number} of {Path.cwd() / 'out'}" in (folder / "job.log").read_text()
     manifest = json.loads(Path("out/sweep.json").read_text())
     assert (manifest["overrides"], manifest["script"]) == (["x=1,2", "y=3,5"], str(Path("app.py").resolve()))
     assert Path("out/sweep.md").exists()
@@ -192,9 +193,23 @@ def test_a_sweep_that_was_ended_goes_on_with_what_was_missing(start, multirun, n
     assert Path("out/0/result.json").stat().st_mtime_ns == finished
 
 
-def test_a_failed_sweep_ends_with_status_1_and_without_a_traceback(start):
+def test_the_process_of_a_sweep_stays_light(start, app):
+    watched = """
+import atexit, os, sys
+heavy = ("torch", "lightning", "transformers")
+if "LORA_LIGHTNING_JOB" not in os.environ:
+    atexit.register(lambda: print("LOADED", [name for name in heavy if name in sys.modules]))
+"""
+    app.write_text(watched + app.read_text())
+    told, _ = start("-m", "x=1,2").communicate(timeout=60)
+    assert "2 jobs: 2 finished" in told
+    assert "LOADED []" in told
+
+
+def test_a_failed_sweep_ends_with_status_1_and_no_traceback_but_the_jobs(start):
     sweep = start("-m", "x=1,2", "fails=2")
     told, _ = sweep.communicate(timeout=60)
     assert sweep.returncode == 1
     assert "no luck today" in told
-    assert "Traceback" not in told
+    assert told.count("Traceback") == 1
+    assert told.index("Traceback") < told.index("Report: ")  # the last lines of the job's own log
