@@ -70,7 +70,37 @@ def job_or_time(time: str, overrides: str = "") -> str:
     return f"slurm-{job}" + (f"-{zlib.crc32(overrides.encode()):08x}" if overrides else "")
 
 
+def devices_of_job(accelerator: Any, devices: Any) -> int:
+    """How many devices, and with DDP processes, a job trains on.
+
+    >>> devices_of_job("cpu", 2)
+    2
+    """
+    from lora_lightning.sweeps.devices import meant
+
+    return meant(devices, accelerator)[1]
+
+
+def gpus_of_job(accelerator: Any, devices: Any, elsewhere: bool = False) -> int | None:
+    """How many GPUs a job asks a cluster for; None where it trains on the CPU.
+
+    Args:
+        accelerator: The Trainer's.
+        devices: The Trainer's.
+        elsewhere: The job's machine has GPUs, whatever the one has that it is sent from.
+
+    >>> gpus_of_job("cpu", 2), gpus_of_job("auto", 4, True), gpus_of_job("gpu", "auto", True)
+    (None, 4, 1)
+    """
+    from lora_lightning.sweeps.devices import meant
+
+    kind, number = meant(devices, accelerator, gpus=1 if elsewhere else None)
+    return number if kind == "gpu" else None
+
+
 # Cached as the time is: jobs of a sweep keep the folder that was chosen where the sweep was started.
 OmegaConf.register_new_resolver("lora_lightning.job_or_time", job_or_time, replace=True, use_cache=True)
 OmegaConf.register_new_resolver("lora_lightning.alpha_for_rank", alpha_for_rank, replace=True)
 OmegaConf.register_new_resolver("lora_lightning.learning_rate_for_scale", learning_rate_for_scale, replace=True)
+OmegaConf.register_new_resolver("lora_lightning.devices_of_job", devices_of_job, replace=True)
+OmegaConf.register_new_resolver("lora_lightning.gpus_of_job", gpus_of_job, replace=True)

@@ -14,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from lora_lightning.cli.clusters import quieten_hydra
 from lora_lightning.cli.overrides import check_command
 from lora_lightning.cli.run_folder import is_first_process
 from lora_lightning.cli.sweep.command import refuse_ranks
@@ -41,8 +42,19 @@ def launch(config_name: str, job: Job, *, command: str | None = None) -> None:
             check_command(sys.argv, config_name, command=command)
     # Under a launcher that moves jobs to other processes, those have a command line of their own.
     started = [os.path.abspath(sys.argv[0]), *sys.argv[1:]]
-    hydra.main(version_base="1.3", config_path=CONFIGS, config_name=config_name)(_telling(job, started))()
+    quieten_hydra()
+    try:
+        hydra.main(version_base="1.3", config_path=CONFIGS, config_name=config_name)(_telling(job, started))()
+    finally:
+        _report()
     _end_at_once_if_distributed()
+
+
+def _report() -> None:
+    elsewhere = sys.modules.get("lora_lightning.cli.sweep.elsewhere")  # of a multirun only
+    if elsewhere is not None:
+        with told():
+            elsewhere.report_on_begun()
 
 
 def _end_at_once_if_distributed() -> None:

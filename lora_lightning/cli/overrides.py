@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_lightning.cli.candidates import Candidates
+from lora_lightning.cli.clusters import missing_for
 from lora_lightning.cli.told import CommandError
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import LoraConfigError
@@ -92,6 +93,7 @@ def _problems(overrides: list[Override], config_name: str, *, runs: bool) -> lis
         if not groups.has(each) and (problem := _check_key(each, candidates)) is not None:
             problems.append(problem)
     problems += [_no_values(each) for each in overrides if _is_empty(each)]
+    problems += [problem for each in overrides if (problem := _check_launcher(each)) is not None]
     wrong = {problem.argument for problem in problems}
     right = [each for each in overrides if each.input_line not in wrong]
     config = _compose(config_name, right)
@@ -144,6 +146,13 @@ class _Groups:
         if whole is None or group not in whole:
             return None
         return Problem(line, f"{line}: {group} cannot be left out, every run reads it; there are {', '.join(choices)}")
+
+
+def _check_launcher(override: Override) -> Problem | None:
+    if override.key_or_group != "hydra/launcher" or override.is_delete():
+        return None
+    missing = missing_for(str(override.value()))
+    return None if missing is None else Problem(override.input_line or "", missing)
 
 
 def _check_key(override: Override, candidates: Candidates) -> Problem | None:

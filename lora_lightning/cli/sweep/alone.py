@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from lora_lightning.cli.sweep.again import to_go_on
 from lora_lightning.cli.sweep.command import run_alone
 from lora_lightning.cli.sweep.compose import own_overrides
+from lora_lightning.cli.sweep.elsewhere import enter
 from lora_lightning.cli.sweep.returns import value_of
 from lora_lightning.sweeps import runs
 
@@ -25,16 +26,18 @@ def run_in_process(cfg: DictConfig, started: Sequence[str]) -> Any:
 
     Raises:
         JobFailed: It has ended with an error.
+        LoraConfigError: Its folder is in that of another sweep.
     """
     hydra = HydraConfig.get()
     overrides = tuple(hydra.overrides.task)
     folder, cwd = Path(hydra.runtime.output_dir), Path(hydra.runtime.cwd)
-    job = runs.Job(hydra.job.num, own_overrides(overrides), folder)
+    job, sweep = runs.Job(hydra.job.num, own_overrides(overrides), folder), cwd / hydra.sweep.dir
+    enter(job, sweep, cfg, hydra, started)
     if runs.is_finished(job):
         print(f"Job {job.number} is finished already: {folder}")
         result = runs.result_of(job) or {}
     else:
         print(f"Job {job.number} writes into {job.log}", flush=True)
         again = to_go_on(folder, cfg)
-        result = run_alone((*overrides, *again), folder, sweep=cwd / hydra.sweep.dir, number=job.number, argv=started)
+        result = run_alone((*overrides, *again), folder, sweep=sweep, number=job.number, argv=started)
     return value_of(result, cfg.get("optimized_metric"))

@@ -1,0 +1,78 @@
+"""Sweeps under launchers that are not ours (Ray, submitit, joblib, Hydra's own): their ``sweep.json`` and their report.
+
+Such a launcher says of its jobs only what each of them is. So every job enters itself into the manifest, and refuses to
+run in the folder of another sweep; the process that began the sweep reports at its end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from hydra._internal.utils import get_args_parser
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from lora_lightning import __version__
+from lora_lightning.cli.sweep.command import program
+from lora_lightning.cli.sweep.compose import own_overrides
+from lora_lightning.sweeps import manifest
+from lora_lightning.sweeps.runs import Job
+
+_OURS = "hydra_plugins.lora_lightning."
+_begun: list[Path] = []
+
+
+class SweepNoted(Callback):
+    """Notes the folder of a multirun under such a launcher, so that it is reported on whatever becomes of it."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Called in the process that begins the sweep."""
+        if not config.hydra.launcher._target_.startswith(_OURS):
+            _begun.append(Path(config.hydra.sweep.dir).resolve())
+
+
+def enter(job: Job, sweep: Path, cfg: DictConfig, hydra: DictConfig, started: Sequence[str]) -> None:
+    """Put a job into the manifest of its sweep, and that into the sweep's folder where it is the first one.
+
+    Args:
+        job: The job.
+        sweep: The sweep's folder; absolute.
+        cfg: The job's configuration.
+        hydra: Hydra's own.
+        started: The command line of the sweep.
+
+    Raises:
+        LoraConfigError: The folder belongs to another sweep; with what is different.
+    """
+    sweep.mkdir(parents=True, exist_ok=True)
+    typed = get_args_parser().parse_args(list(started[1:])).overrides
+    about = manifest.Manifest(
+        name=sweep.name,
+        command=tuple(started),
+        script=program(started[0])[-1],
+        config_name=hydra.job.config_name,
+        overrides=own_overrides(typed),
+        metric=cfg.get("optimized_metric"),
+        mode=OmegaConf.select(cfg, "sweep.mode", default="min"),
+        sweeper=hydra.sweeper._target_,
+        launcher=hydra.launcher._target_,
+        started=time.time(),
+        version=__version__,
+        jobs=tuple(manifest.entries([job], sweep)),
+    )
+    with FileLock(sweep / f".{manifest.NAME}.lock"):
+        manifest.open_sweep(sweep, about)
+
+
+def report_on_begun() -> None:
+    """Report on what has been begun in this process, if any of it has got as far as a job."""
+    while _begun:
+        folder = _begun.pop()
+        if (folder / manifest.NAME).is_file():
+            from lora_lightning.cli.sweep_report import report  # matplotlib
+
+            report(folder)
