@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from lora_lightning.cli import train
 from lora_lightning.cli.packed import GroupFile, Packed
 from lora_lightning.cli.packing import train_together
 from lora_lightning.sweeps.packed.output import Routed
+from lora_lightning.sweeps.runs import read_json
 
 SMOKE = (
     "experiment=smoke",
@@ -169,3 +173,66 @@ def test_float32_stays_close_to_the_run_by_itself(together, alone):
         by_itself = alone(*common, *overrides)
         for key in ("train_loss", "val_loss"):
             assert curves(folders[number])[key] == pytest.approx(curves(by_itself)[key], abs=1e-4)
+
+
+# ---- halving
+
+
+def test_the_worse_half_stops_at_each_rung_and_waiting_jobs_take_their_places(together):
+    rates = {0: "1e-5", 1: "1e-2", 2: "1e-4", 3: "3e-2", 4: "2e-2"}
+    jobs = {number: (f"optimizer.lr={rate}", "lora.r=4") for number, rate in rates.items()}
+    # The rungs bring validations of their own. Without a warm-up, at whose beginning all are equal.
+    steps = ("trainer.max_steps=8", "trainer.val_check_interval=8", "scheduler=constant")
+    folders, failed = together(jobs, *steps, halving=True, metric="val_loss", places=4)
+    assert not failed
+    results = {number: result(folder) for number, folder in folders.items()}
+    assert all(each["status"] == "finished" for each in results.values())
+    assert results[0]["ended_by"] == "halving at step 1, place 4 of 4"
+    assert results[2]["ended_by"] == "halving at step 1, place 3 of 4"
+    assert (folders[0] / "adapter" / "adapter_model.safetensors").is_file()
+    best = min(results.values(), key=lambda each: each["val_loss"])
+    assert best["ended_by"] is None
+    assert best["steps"] == 8
+    assert [len(json.loads((folders[number] / "rungs.json").read_text())["values"]) for number in (0, 2)] == [1, 1]
+
+
+def test_without_a_metric_of_a_validation_nothing_can_be_halved(together):
+    jobs = {0: ("lora.r=4",), 1: ("lora.r=8",)}
+    folders, failed = together(jobs, "trainer.max_steps=4", halving=True, metric="val_los")
+    assert failed
+    for folder in folders.values():
+        assert "does not measure (did you mean val_loss?)" in (folder / "job.log").read_text()
+        assert result(folder)["status"] == "failed"
+
+
+# ---- the process
+
+
+def test_told_to_end_the_jobs_save_and_started_again_they_come_to_the_same(together, tmp_path):
+    jobs = {0: ("lora.r=4", "seed=1"), 1: ("lora.r=8", "lora.lora_dropout=0.2", "seed=2")}
+    common = ("trainer.max_steps=60", "trainer.val_check_interval=20", "trainer.precision=64-true")
+    whole, _ = together(jobs, *common)
+
+    def start(*more: str) -> subprocess.Popen[bytes]:
+        made = [_packed(tmp_path / str(number), number, (*common, *own, *more)) for number, own in jobs.items()]
+        path = GroupFile(tuple(made)).write(tmp_path / "packed" / "group-0.json")
+        with (tmp_path / "screen.txt").open("ab") as screen:
+            return subprocess.Popen(
+                [sys.executable, "-m", "lora_lightning.cli.packed", str(path)], stdout=screen, stderr=screen
+            )
+
+    process = start()
+    until = time.monotonic() + 300
+    while (read_json(tmp_path / "1" / "progress.json") or {"step": 0})["step"] < 3:
+        assert process.poll() is None, (tmp_path / "screen.txt").read_text()
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(300) == 128 + signal.SIGTERM
+    for number in jobs:
+        assert result(tmp_path / str(number))["status"] == "interrupted"
+        assert (tmp_path / str(number) / "checkpoints" / "stopped.ckpt").is_file()
+    assert start("resume=auto").wait(300) == 0, (tmp_path / "screen.txt").read_text()
+    for number in jobs:
+        assert result(tmp_path / str(number))["status"] == "finished"
+        torch.testing.assert_close(adapter(tmp_path / str(number)), adapter(whole[number]), rtol=1e-10, atol=1e-10)
