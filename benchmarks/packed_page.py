@@ -54,7 +54,11 @@ def _line(rows: str, case: str, cases: dict[str, Any]) -> list[str]:
 
 def _best(one: dict[str, Any]) -> str:
     job = one["jobs"].get(one["best"] or "")
-    return f"{' '.join(job['overrides'])}, {job['val_loss']:.4f}" if job else ""
+    if job is None:
+        return ""
+    everywhere = set.intersection(*(set(each["overrides"]) for each in one["jobs"].values()))
+    own = " ".join(each for each in job["overrides"] if each not in everywhere)
+    return f"{own}: {job['val_loss']:.4f}"
 
 
 def about(results: dict[str, Any]) -> str:

@@ -8,30 +8,33 @@ computed, since it grows up to a limit and not beyond.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lora_lightning.config import LoraConfig
 from lora_lightning.injection import inject_lora
 from lora_lightning.injection.names import find_root
 from lora_lightning.injection.targets import Target, resolve
-from lora_lightning.layers.base import adapter_dtype
-from lora_lightning.layers.chunks import MOST_BYTES
 from lora_lightning.layers import kind_of
-from lora_lightning.tasks.loss import IGNORED, causal_lm_loss
+from lora_lightning.layers.base import adapter_dtype
+from lora_lightning.layers.chunks import MOST_BYTES, free_bytes
+from lora_lightning.sweeps.packed.counting import step_bytes
+from lora_lightning.tasks.loss import IGNORED
 
 GB = 2**30
 LEFT_FREE = 0.1
 """This share of the memory at hand is left free: for what allocators lose, and for whoever else needs some."""
 OF_A_JOB = 16 * 2**20
 """What a job takes besides its tensors: its Trainer, loggers, tokenised rows."""
+HOLES = {"cpu": 1.15, "cuda": 1.1}
+"""Memory of the process for each byte of its tensors; measured on the CPU with several shapes: 1.0 to 1.35."""
+ASSUMED_TOKENS = 512
+"""Length of a row where the data does not know its longest one beforehand."""
 
 
 class Needs(NamedTuple):
@@ -51,12 +54,18 @@ class Needs(NamedTuple):
     """The most logits that are made at once, of all jobs."""
     constant: int
     """What a step takes whatever the number of rows: weights in another dtype, say."""
+    holes: float = 1.0
+    """Memory taken for each byte counted."""
 
     def of(self, jobs: int) -> int:
         """Bytes for so many jobs at once; of those there are, the largest."""
-        adapters = sum(sorted(self.adapters, reverse=True)[:jobs]) + jobs * OF_A_JOB
         head = min(jobs * self.logits, self.logits_at_once)
-        return adapters + self.constant + jobs * self.kept + max(jobs * self.passing, head)
+        step = self.constant + jobs * self.kept + max(jobs * self.passing, head)
+        return round(self.holes * (self.of_adapters(jobs) + step)) + jobs * OF_A_JOB
+
+    def of_adapters(self, jobs: int) -> int:
+        """Bytes of the largest adapters of so many jobs, with their optimizers."""
+        return sum(sorted(self.adapters, reverse=True)[:jobs])
 
 
 def needs(
@@ -80,7 +89,6 @@ def needs(
     """
     root = find_root(shell)[1]
     targets = [resolve(root, lora, outside=shell).targets for lora in loras]
-    adapters = _adapters(targets, moments)
     base = sum(parameter.numel() * parameter.element_size() for parameter in shell.parameters())
     device = next(shell.parameters()).device
     scored = int((row["labels"] != IGNORED).sum())
@@ -88,18 +96,24 @@ def needs(
     labels = torch.full_like(row["labels"], IGNORED)
     labels[..., -1] = row["input_ids"][..., -1]
     batch = {name: value.to(device) for name, value in {**row, "labels": labels}.items()}
+    # The widest of them; ranks of single layers count in its stacks.
     inject_lora(shell, max(loras, key=lambda lora: lora.r), seed=0)
-    once, twice = (_step(shell, {name: value.repeat(n, 1) for name, value in batch.items()}, precision) for n in (1, 2))
+    if precision == "bf16-true":
+        shell.to(torch.bfloat16)  # as Lightning does, adapters included
+    once, twice = (
+        step_bytes(shell, {name: value.repeat(n, 1) for name, value in batch.items()}, precision) for n in (1, 2)
+    )
     kept, passing = twice.kept - once.kept, max(0, twice.passing - once.passing)
     logits = scored * _vocabulary(root) * 4
     return Needs(
         base=base,
-        adapters=adapters,
+        adapters=_adapters(targets, moments, 2 if precision == "bf16-true" else None),
         kept=rows * kept,
         passing=rows * passing,
         logits=rows * logits,
         logits_at_once=MOST_BYTES.get(device.type, MOST_BYTES["cpu"]),
         constant=max(0, once.kept - kept),
+        holes=HOLES.get(device.type, 1.0),
     )
 
 
@@ -130,13 +144,11 @@ def places(needs: Needs, free: int, wanted: int | None = None) -> int:
 
 def told(needs: Needs, places: int, free: int) -> str:
     """The estimate in one line."""
-    jobs, all_jobs = places, len(needs.adapters)
-    whole = needs.of(jobs)
-    waits = "all at once" if jobs == all_jobs else f"{all_jobs - jobs} of {all_jobs} wait for a place"
+    jobs, whole, adapters = len(needs.adapters), needs.of(places), needs.of_adapters(places)
+    waits = "all at once" if places == jobs else f"{jobs - places} of {jobs} wait for a place"
     return (
-        f"Memory: base {_gb(needs.base)}, {jobs} job{'s' * (jobs > 1)} at once {_gb(whole)} more "
-        f"(adapters with their optimizers {_gb(sum(sorted(needs.adapters, reverse=True)[:jobs]))}, "
-        f"a step {_gb(whole - sum(sorted(needs.adapters, reverse=True)[:jobs]))}), {_gb(free)} free: {waits}."
+        f"Memory: the base {_gb(needs.base)}; {places} job{'s' * (places > 1)} about {_gb(whole)} more (adapters and "
+        f"their optimizers {_gb(adapters)}, a step {_gb(whole - adapters)}) of {_gb(free)} free: {waits}."
     )
 
 
@@ -144,101 +156,67 @@ def _gb(size: int) -> str:
     return f"{size / GB:.2f} GB"
 
 
-# ---- what is counted
+def longest_row(data: Any, max_length: int | None = None) -> dict[str, Tensor]:
+    """The longest training row of a data module as a batch of one; a made-up one where it does not know its rows.
+
+    Args:
+        data: After its ``setup``.
+        max_length: Rows are cut to so many tokens; None: nobody says.
+    """
+    rows = getattr(getattr(data, "loaded", None), "train", None)
+    if hasattr(rows, "lengths") and len(rows):
+        lengths = rows.lengths()
+        row = rows[max(range(len(lengths)), key=lengths.__getitem__)]
+        tokens, labels = (torch.as_tensor(row[key], dtype=torch.long)[None] for key in ("input_ids", "labels"))
+    else:
+        tokens = labels = torch.ones(1, max_length or ASSUMED_TOKENS, dtype=torch.long)
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
 
 
-def _adapters(targets: Sequence[Sequence[Target]], moments: int) -> tuple[int, ...]:
-    """Bytes of each job's adapter in stacks that are as wide as the highest rank, with gradients and moments.
+def free_memory(device: torch.device, cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that a process may still take: of the GPU; on a CPU what the machine, and its container, have left."""
+    if device.type == "cuda":
+        return free_bytes(device)
+    return min([psutil.virtual_memory().available, *_left_in_container(cgroup)])
 
-    Gradients twice: those of the step before are dropped only when the next ones are there.
+
+def _left_in_container(cgroup: Path) -> Iterator[int]:
+    """What is left below the limit of a control group, if there is one; files that were read are given up for it."""
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            most, now = (cgroup / limit).read_text().strip(), int((cgroup / used).read_text())
+            lines = (cgroup / limit).with_name("memory.stat").read_text().splitlines()
+        except (OSError, ValueError):
+            continue
+        files = next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
+        if most.isdigit():  # else "max"
+            yield max(0, int(most) - now + files)
+
+
+def _adapters(targets: Sequence[Sequence[Target]], moments: int, itemsize: int | None) -> tuple[int, ...]:
+    """Bytes of each job's adapter with gradients and moments.
+
+    It lies in stacks, which are as wide as the highest rank, and so do the gradients of a step. Its own gradients, those
+    of the step before until the new ones come, and the moments are as wide as its own rank.
     """
     highest: dict[str, int] = {}
     for target in (target for job in targets for target in job):
         highest[target.name] = max(target.r, highest.get(target.name, 0))
-    sides = {target.name: _side_bytes(target.layer) for job in targets for target in job}
+    sides = {target.name: _side_bytes(target.layer, itemsize) for job in targets for target in job}
     stack = sum(rank * sides[name] for name, rank in highest.items())
-    return tuple(3 * stack + moments * sum(target.r * sides[target.name] for target in job) for job in targets)
+    own = (sum(target.r * sides[target.name] for target in job) for job in targets)
+    return tuple(2 * stack + (1 + moments) * each for each in own)
 
 
-def _side_bytes(layer: nn.Module) -> int:
-    """Bytes of a low-rank update of rank one."""
+def _side_bytes(layer: nn.Module, itemsize: int | None) -> int:
+    """Bytes of a low-rank update of rank one; without an itemsize, in the dtype that adapters of a layer have."""
     kind = kind_of(layer, "lora")
-    return 0 if kind is None else sum(kind.lora_sides(layer)) * adapter_dtype(layer.weight).itemsize
+    return 0 if kind is None else sum(kind.lora_sides(layer)) * (itemsize or adapter_dtype(layer.weight).itemsize)
 
 
 def _vocabulary(root: nn.Module) -> int:
     head = root.get_output_embeddings()
     return 0 if head is None else len(head.weight)
-
-
-class _Step(NamedTuple):
-    kept: int
-    passing: int
-
-
-def _step(model: nn.Module, batch: Mapping[str, Tensor], precision: str) -> _Step:
-    """Bytes that are alive at the end of forward, and how many more at most in backward."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    device = trained[0].device
-    counter = _CudaBytes(device) if device.type == "cuda" else _LiveBytes()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), counter:
-        with _autocast(device, precision):
-            total = causal_lm_loss(model, batch).total
-        kept = counter.now
-        torch.autograd.grad(total, trained)
-    return _Step(kept, max(0, counter.most - kept))
-
-
-def _autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16-mixed" else nullcontext()
-
-
-class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that operations make, each storage once, for as long as somebody holds it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self._sizes: dict[weakref.ref[Any], int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        out = func(*args, **kwargs)
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and id(leaf.untyped_storage()) not in given:
-                self._see(leaf.untyped_storage())
-        return out
-
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        held = weakref.ref(storage, self._gone)
-        if held not in self._sizes:
-            self._sizes[held] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.most = max(self.most, self.now)
-
-    def _gone(self, held: weakref.ref[Any]) -> None:
-        self.now -= self._sizes.pop(held, 0)
-
-
-class _CudaBytes:
-    """The same, told by CUDA's own allocator."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def __enter__(self) -> _CudaBytes:
-        torch.cuda.reset_peak_memory_stats(self._device)
-        self._before = torch.cuda.memory_allocated(self._device)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass
-
-    @property
-    def now(self) -> int:
-        return torch.cuda.memory_allocated(self._device) - self._before
-
-    @property
-    def most(self) -> int:
-        return torch.cuda.max_memory_allocated(self._device) - self._before

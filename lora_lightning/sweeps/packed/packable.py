@@ -152,7 +152,7 @@ def why_base_alone(base: Mapping[str, Any]) -> Iterator[str]:
     """What keeps a base model from being shared, by its own config (``config.json``, or ``model.config.to_dict()``)."""
     if base.get("quantization_config"):
         yield "its base is quantised"
-    drops = {key: value for key, value in _fields(base) if "drop" in key and _is_share(value)}
+    drops = {key: value for key, value in _fields(base) if ("drop" in key or "jitter" in key) and _is_share(value)}
     if drops:
         told = ", ".join(f"{key} {value:g}" for key, value in sorted(drops.items()))
         yield f"its base has a dropout of its own ({told})"
