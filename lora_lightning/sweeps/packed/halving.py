@@ -57,13 +57,14 @@ class Plan:
         """The optimizer steps at which a run of so many steps is compared with others.
 
         >>> Plan().rungs(40), Plan(eta=3, first=1/9).rungs(90), Plan().rungs(3)
-        ([5, 10, 20], [10, 30], [1])
+        ([5, 10, 20], [10, 30], [])
         """
         share, found = Fraction(self.first).limit_denominator(10**6), []
         while share < 1:
             found.append(math.floor(share * steps))
             share *= self.eta
-        return sorted({step for step in found if 0 < step < steps})
+        # A schedule that warms up takes its first step at a rate of zero: all are equal after it.
+        return sorted({step for step in found if 1 < step < steps})
 
 
 class Place(NamedTuple):

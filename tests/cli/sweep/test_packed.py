@@ -181,24 +181,23 @@ def test_float32_stays_close_to_the_run_by_itself(together, alone):
 def test_the_worse_half_stops_at_each_rung_and_waiting_jobs_take_their_places(together):
     rates = {0: "1e-5", 1: "1e-2", 2: "1e-4", 3: "3e-2", 4: "2e-2"}
     jobs = {number: (f"optimizer.lr={rate}", "lora.r=4") for number, rate in rates.items()}
-    # The rungs bring validations of their own. Without a warm-up, at whose beginning all are equal.
-    steps = ("trainer.max_steps=8", "trainer.val_check_interval=8", "scheduler=constant")
+    steps = ("trainer.max_steps=16", "trainer.val_check_interval=16")  # rungs bring validations of their own
     folders, failed = together(jobs, *steps, halving=True, metric="val_loss", places=4)
     assert not failed
     results = {number: result(folder) for number, folder in folders.items()}
     assert all(each["status"] == "finished" for each in results.values())
-    assert results[0]["ended_by"] == "halving at step 1, place 4 of 4"
-    assert results[2]["ended_by"] == "halving at step 1, place 3 of 4"
+    assert results[0]["ended_by"] == "halving at step 2, place 4 of 4"
+    assert results[2]["ended_by"] == "halving at step 2, place 3 of 4"
     assert (folders[0] / "adapter" / "adapter_model.safetensors").is_file()
     best = min(results.values(), key=lambda each: each["val_loss"])
     assert best["ended_by"] is None
-    assert best["steps"] == 8
+    assert best["steps"] == 16
     assert [len(json.loads((folders[number] / "rungs.json").read_text())["values"]) for number in (0, 2)] == [1, 1]
 
 
 def test_without_a_metric_of_a_validation_nothing_can_be_halved(together):
     jobs = {0: ("lora.r=4",), 1: ("lora.r=8",)}
-    folders, failed = together(jobs, "trainer.max_steps=4", halving=True, metric="val_los")
+    folders, failed = together(jobs, "trainer.max_steps=8", halving=True, metric="val_los")
     assert failed
     for folder in folders.values():
         assert "does not measure (did you mean val_loss?)" in (folder / "job.log").read_text()
