@@ -16,7 +16,8 @@ sed -n '/^torch==/p' requirements.lock >"$work/torch.txt"
 
 {
     sed -n '/^# Exact/,/^[^#]/{/^#/p;}' requirements.lock
-    sed -e '/^nvidia-/d' -e '/^cuda-/d' -e '/^triton/d' -e "/== 'emscripten'/d" \
+    sed -e '/^nvidia-/d' -e '/^cuda-/d' -e '/^triton/d' \
+        -e "s/sys_platform == 'emscripten' or //" -e "/== 'emscripten'/d" \
         -e "s/ and sys_platform != 'emscripten'//" -e "s/ ; sys_platform != 'emscripten'//" "$work/resolved.txt"
     sed -n '/^# The demo/,$p' requirements.lock
 } >"$work/requirements.lock"
