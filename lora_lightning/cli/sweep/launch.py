@@ -17,7 +17,7 @@ from typing import Any
 
 from hydra.core.utils import JobReturn, configure_log
 from hydra.types import HydraContext
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lora_lightning import __version__
 from lora_lightning.cli.sweep import returns
@@ -95,7 +95,7 @@ def launch(
         refuse_ranks(os.environ)
         checked = Options.of(options)
         if works is None:
-            refuse_halving(checked.halving)
+            refuse_halving(OmegaConf.select(config, "sweep.halving", default=False))
         sweep = Sweep(Path(config.hydra.sweep.dir).resolve(), config, checked, Pool(checked.jobs_per_device))
         jobs = _jobs(context, sweep, batch, first)
         if checked.dry_run:

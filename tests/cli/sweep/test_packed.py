@@ -20,6 +20,7 @@ from lora_lightning.cli.packed import GroupFile, Packed
 from lora_lightning.cli.packing import train_together
 from lora_lightning.sweeps.packed.output import Routed
 from lora_lightning.sweeps.runs import read_json
+from tests.cli.conftest import ROOT
 
 SMOKE = (
     "experiment=smoke",
@@ -235,3 +236,38 @@ def test_told_to_end_the_jobs_save_and_started_again_they_come_to_the_same(toget
     for number in jobs:
         assert result(tmp_path / str(number))["status"] == "finished"
         torch.testing.assert_close(adapter(tmp_path / str(number)), adapter(whole[number]), rtol=1e-10, atol=1e-10)
+
+
+# ---- the launcher
+
+
+def test_a_grid_is_packed_but_for_what_goes_alone(command, tmp_path):
+    out = tmp_path / "sweep"
+    grid = (
+        "lora.use_dora=false,true",
+        "lora.r=2,4",
+        "callbacks=minimal",
+        "trainer.max_steps=4",
+        f"hydra.sweep.dir={out}",
+    )
+    done = command(
+        ROOT / "scripts" / "train.py", "-m", "hydra/launcher=lora_packed", "experiment=smoke", "trainer=cpu", *grid
+    )
+    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
+    assert "Jobs 0, 1 are trained together on one base." in done.stdout
+    assert "Jobs 2, 3 go alone, each: lora.use_dora" in done.stdout
+    assert [job.number for job in GroupFile.read(out / "packed" / "group-0.json").jobs] == [0, 1]
+    results = [result(out / str(number)) for number in range(4)]
+    assert [each["status"] for each in results] == ["finished"] * 4
+    assert [each.get("shared_with") for each in results] == [1, 1, None, None]
+    assert (out / "sweep.md").is_file()
+
+
+def test_halving_is_refused_where_jobs_are_processes_of_their_own(command, tmp_path):
+    done = command(
+        ROOT / "scripts" / "train.py", "-m", "experiment=smoke", "lora.r=2,4", "sweep.halving=true",
+        f"hydra.sweep.dir={tmp_path / 'sweep'}",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "hydra/launcher=lora_packed" in done.stderr
+    assert "hparams_search=optuna" in done.stderr
