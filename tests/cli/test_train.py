@@ -164,8 +164,9 @@ def test_a_mistake_is_told_before_torch_is_imported(command):
     assert command("-c", code).stdout.strip() == "[]"
 
 
-def test_a_multirun_gives_each_job_its_folder(call, tmp_path):
-    assert call(main, "-m", *FAST, "lora.r=2,4", f"hydra.sweep.dir={tmp_path}/sweep").status == 0
+def test_a_multirun_gives_each_job_its_folder(command, tmp_path):
+    done = command(TRAIN, "-m", *FAST, "lora.r=2,4", f"hydra.sweep.dir={tmp_path}/sweep")
+    assert done.returncode == 0, done.stderr
     configs = [tmp_path / "sweep" / job / "adapter" / "adapter_config.json" for job in ("0", "1")]
     assert [json.loads(config.read_text())["r"] for config in configs] == [2, 4]
 
