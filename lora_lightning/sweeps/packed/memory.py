@@ -59,7 +59,8 @@ class Needs(NamedTuple):
 
     def of(self, jobs: int) -> int:
         """Bytes for so many jobs at once; of those there are, the largest."""
-        head = min(jobs * self.logits, self.logits_at_once)
+        chunks = max(1, -(-jobs * self.logits // self.logits_at_once))
+        head = jobs * self.logits // chunks  # chunks are about as large as each other
         step = self.constant + jobs * self.kept + max(jobs * self.passing, head)
         return round(self.holes * (self.of_adapters(jobs) + step)) + jobs * OF_A_JOB
 
@@ -199,8 +200,8 @@ def _left_in_container(cgroup: Path) -> Iterator[int]:
 def _adapters(targets: Sequence[Sequence[Target]], moments: int, itemsize: int | None) -> tuple[int, ...]:
     """Bytes of each job's adapter with gradients and moments.
 
-    It lies in stacks, which are as wide as the highest rank, and so do the gradients of a step. Its own gradients, those
-    of the step before until the new ones come, and the moments are as wide as its own rank.
+    It lies in stacks, which are as wide as the highest rank, and so do the gradients of a step. Its own gradients
+    (of the step before, until the new ones come) and the moments are as wide as its own rank.
     """
     highest: dict[str, int] = {}
     for target in (target for job in targets for target in job):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_module
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -180,6 +180,7 @@ def test_parts_are_whole_and_even(count, parts):
 KINDS = ((), ("lora.r=4",), ("data.batch_size=4",), ("lora.use_dora=true",), ("data.batch_size=4", "seed=1"))
 
 
+@settings(deadline=None)  # settings are composed once a kind
 @given(st.lists(st.sampled_from(KINDS), min_size=1, max_size=12), st.integers(1, 4))
 def test_every_job_is_in_one_group_of_its_like(kinds, devices):
     jobs = [job(number, *kind) for number, kind in enumerate(kinds)]

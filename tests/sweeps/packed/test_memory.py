@@ -158,7 +158,7 @@ def test_bytes_of_several_jobs(monkeypatch):
     monkeypatch.setattr(memory, "OF_A_JOB", 0)
     assert HUNDRED.of(1) == 30 + 5 + 100 + 50
     assert HUNDRED.of(2) == 50 + 5 + 200 + 100
-    assert HUNDRED.of(3) == 60 + 5 + 300 + 120  # logits are made a part at a time
+    assert HUNDRED.of(3) == 60 + 5 + 300 + 75  # of 150 at most 120 are made at once: two halves
 
 
 def test_places_are_as_many_as_fit_and_at_least_one(monkeypatch):
