@@ -78,4 +78,6 @@ def _jsonable(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if hasattr(value, "item"):  # a tensor or an array of one number
         return _jsonable(value.item())
+    if isinstance(value, (list, tuple)):  # of a search with several aims
+        return [_jsonable(each) for each in value]
     return value if isinstance(value, (int, str, type(None))) else repr(value)
