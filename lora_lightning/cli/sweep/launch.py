@@ -40,6 +40,7 @@ from lora_lightning.errors import LoraConfigError
 from lora_lightning.sweeps import engine, manifest, runs
 from lora_lightning.sweeps.devices import Pool
 from lora_lightning.sweeps.manifest import Entry, Manifest
+from lora_lightning.sweeps.processes import wait_for_earlier
 from lora_lightning.sweeps.runs import Job, Work
 
 
@@ -132,6 +133,7 @@ def _run(sweep: Sweep, jobs: Sequence[Composed], works: Works) -> list[JobReturn
     """Run what is not finished yet, leave the report, and gather what all jobs came to."""
     print(f"Sweep folder: {sweep.folder}", flush=True)
     known = manifest.open_sweep(sweep.folder, _manifest(sweep, jobs))
+    _wait_for_earlier([each.job for each in jobs])
     to_run = _left(jobs, known)
     prepare_all([each.config for each in to_run])
     outcomes: Mapping[int, engine.Outcome] = {}
@@ -150,6 +152,16 @@ def _run(sweep: Sweep, jobs: Sequence[Composed], works: Works) -> list[JobReturn
         raise
     _report(sweep)
     return [_return(sweep, each, known, outcomes) for each in jobs]
+
+
+def _wait_for_earlier(jobs: Sequence[Job]) -> None:
+    """What a killed sweep has left running saves before it ends: only then is it known which job is how far."""
+    if held := wait_for_earlier(jobs, print):
+        raise LoraConfigError(
+            "Processes that an earlier start of this sweep has left running do not end: "
+            + ", ".join(f"job {job.number} in {job.folder}" for job in held)
+            + ". End them, then start the sweep again"
+        )
 
 
 def _left(jobs: Sequence[Composed], known: Manifest) -> list[Composed]:
@@ -175,8 +187,6 @@ def _return(sweep: Sweep, job: Composed, known: Manifest, outcomes: Mapping[int,
     result = runs.result_of(ran)
     if result is not None and result.get("status") == "finished" and (outcome is None or outcome.state == "finished"):
         return returns.finished(job, result, sweep.options.metric)
-    if outcome is None:
-        return returns.failed(job, "it has no result")
     if outcome is None:
         return returns.failed(job, "it was not run")
     told = outcome.reason or ""
