@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -84,10 +84,14 @@ def as_table(sweep: Sweep, most: int = 20) -> RenderableType:
     parts: list[RenderableType] = []
     for section in _sections(sweep):
         table = Table(title=section.title, title_justify="left", box=None, header_style="bold", pad_edge=False)
-        for heading, right in zip(section.headings, section.right, strict=True):
-            table.add_column(heading, justify="right" if right else "left", overflow="fold", no_wrap=right)
+        shown_there = [place for place, heading in enumerate(section.headings) if heading != "adapter"]  # too wide
+        for place in shown_there:
+            right = section.right[place]
+            justify: Literal["right", "left"] = "right" if right else "left"
+            table.add_column(section.headings[place], justify=justify, overflow="fold", no_wrap=right or place == 0)
         for line in section.lines[:most]:
-            table.add_row(*map(Text, line), style="bold green" if line[0] == "best" else "")
+            cells = (Text(line[place]) for place in shown_there)
+            table.add_row(*cells, style="bold green" if line[0] == "best" else "")
         parts.append(table)
         if len(section.lines) > most:
             parts.append(Text(f"… and {len(section.lines) - most} more in sweep.md"))
