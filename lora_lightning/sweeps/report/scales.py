@@ -50,7 +50,7 @@ class Scale(NamedTuple):
         between = [value * factor for value in powers for factor in (1, 2, 5)] if self.kind == "log10" else powers
         within = [value for value in between if low <= self.place(value) <= high]
         whole = [value for value in powers if low <= self.place(value) <= high]
-        return within if len(within) <= 6 else whole
+        return within if len(within) <= 6 else whole[:: math.ceil(len(whole) / _MOST_TICKS)]
 
 
 def scale_of(key: str, values: Iterable[Any]) -> Scale:

@@ -88,7 +88,8 @@ def as_table(sweep: Sweep, most: int = 20) -> RenderableType:
         for place in shown_there:
             right = section.right[place]
             justify: Literal["right", "left"] = "right" if right else "left"
-            table.add_column(section.headings[place], justify=justify, overflow="fold", no_wrap=right or place == 0)
+            width = max(len(line[place]) for line in section.lines) if right or place == 0 else None
+            table.add_column(section.headings[place], justify=justify, overflow="fold", min_width=width)
         for line in section.lines[:most]:
             cells = (Text(line[place]) for place in shown_there)
             table.add_row(*cells, style="bold green" if line[0] == "best" else "")
