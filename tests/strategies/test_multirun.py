@@ -73,6 +73,14 @@ def test_the_basic_launcher_is_refused_before_a_process_is_started(sweep):
     assert "trained" not in done.stdout
 
 
+def test_the_launcher_that_it_names_trains_each_job_in_two_processes_of_its_own(sweep, tmp_path):
+    done = sweep("-m", "+r=1,2", "hydra/launcher=lora_local", "hydra.sweep.dir=out")
+    assert done.returncode == 0, done.stderr[-2000:]
+    logs = [(tmp_path / "out" / job / "job.log").read_text() for job in ("0", "1")]
+    assert [log.count("trained") for log in logs] == [2, 2]
+    assert ["LoRA: 1 layers adapted, r=1" in logs[0], "LoRA: 1 layers adapted, r=2" in logs[1]] == [True, True]
+
+
 def test_without_a_multirun_both_processes_train(sweep):
     done = sweep("+r=1")
     assert done.returncode == 0, done.stderr[-2000:]

@@ -35,7 +35,7 @@ class SweepNoted(Callback):
             _begun.append(Path(config.hydra.sweep.dir).resolve())
 
 
-def enter(job: Job, sweep: Path, cfg: DictConfig, hydra: DictConfig, started: Sequence[str]) -> None:
+def enter(job: Job, sweep: Path, cfg: DictConfig, hydra: Any, started: Sequence[str]) -> None:
     """Put a job into the manifest of its sweep, and that into the sweep's folder where it is the first one.
 
     Args:
