@@ -170,7 +170,7 @@ def _jobs(sweep: Sweep) -> _Section:
     filled = [(heading, [cell(row) for row in sweep.ranked]) for heading, cell in columns]
     kept = [(heading, cells) for heading, cells in filled if any(cell is not None for cell in cells)]
     lines = zip(*(cells for _, cells in kept), strict=True)
-    shared = [str(row.number) for row in sweep.ranked if row.result.get("shared_with")]
+    shared = [str(row.number) for row in sweep.of_state("finished") if row.result.get("shared_with")]
     note = f"Seconds and memory are those of a process that trained several at once: {', '.join(shared)}."
     cells = [[cell or "" for cell in line] for line in lines]
     return _Section("Jobs", [heading for heading, _ in kept], cells, note if shared else "")

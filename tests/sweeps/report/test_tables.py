@@ -182,5 +182,5 @@ def test_without_a_metric_jobs_stand_in_their_order(tmp_path):
 def test_figures_of_a_shared_process_are_said_to_be(tmp_path):
     made = [believable([f"lora.r={r}"], shared_with=others) for r, others in ((4, 1), (8, 1), (16, 0))]
     markdown = as_markdown(collect(write_sweep(tmp_path, made)))
-    assert "Seconds and memory are those of a process that trained several at once: 1, 0." in markdown
+    assert "Seconds and memory are those of a process that trained several at once: 0, 1." in markdown
     assert "at once" not in as_markdown(collect(write_sweep(tmp_path, [believable(["lora.r=4"], shared_with=0)])))
