@@ -45,12 +45,12 @@ CASES = {
 }
 # Rows of a step × tokens of a row, on an average; the words of a story that are so many tokens with its headline.
 ROWS = {
-    "1x48": ("data.batch_size=1", "data.words=10"),
-    "4x96": ("data.batch_size=4", "data.words=46"),
+    "1x48": ("data.batch_size=1", "data.words=9"),
+    "4x96": ("data.batch_size=4", "data.words=44"),
 }
 COMMON = ("trainer.log_every_n_steps=1", "trainer.num_sanity_val_steps=0", "data.samples=0")
 HEADLINES = (
-    "experiment=bbc_headlines", "data.val_rows=16", "trainer.max_steps=20", "trainer.val_check_interval=20",
+    "experiment=bbc_headlines", "data.system_prompt=Headlines.", "data.val_rows=16", "trainer.max_steps=20", "trainer.val_check_interval=20",
 )  # fmt: skip
 TINY = ("experiment=smoke", "data.val_rows=8", "trainer.max_steps=8", "trainer.val_check_interval=8")
 
