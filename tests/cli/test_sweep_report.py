@@ -18,8 +18,8 @@ def test_the_table_is_printed(folder, capsys, monkeypatch):
     said = capsys.readouterr().out.splitlines()
     assert said[0].split() == ["Jobs"]
     assert said[1].split()[:3] == ["job", "r", "val_loss"]
-    assert [line.split()[-1] for line in said[2:4]] == ["1/adapter", "0/adapter"]
-    assert said[2].startswith("best")
+    assert said[2].split()[:3] == ["best", "1", "8"]
+    assert said[3].split()[:2] == ["0", "4"]
     assert said[-1] == f"Report: {folder / 'sweep.md'}"
 
 

@@ -22,8 +22,8 @@ _MARKERS = ("o", "s", "D", "^")
 def by_key(sweep: Sweep, key: str) -> Figure | None:
     """Draw the metric of the finished jobs against one setting; of several seeds, mean and standard deviation.
 
-    Jobs that agree in all other settings are joined by a line. Where hardly any do, as in a random search, they are
-    points.
+    Jobs that agree in all other settings are joined by a line. One that agrees with no other, as in a random search, is
+    a point.
 
     Returns:
         The picture, or None where the setting has only one value.
@@ -38,13 +38,12 @@ def by_key(sweep: Sweep, key: str) -> Figure | None:
     lines: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         lines.setdefault(tuple(_text(row, other) for other in others), []).append(row)
-    joined = sum(len({_text(row, key) for row in line}) > 1 for line in lines.values()) >= len(lines) / 2
 
     figure, axes = new_sheet(9.0 if coloured else 7.2)
     for line in lines.values():
         colour = colours(others[coloured])[_index(others[coloured], line[0], coloured)] if coloured else "#4878b6"
         style = _index(others[styled], line[0], styled) if styled else 0
-        _draw_line(axes, across, key, line, color=colour, marker=_MARKERS[style], linestyle=_STYLES[style] * joined)
+        _draw_line(axes, across, key, line, color=colour, marker=_MARKERS[style], linestyle=_STYLES[style])
     _ring_best(axes, sweep, across, key)
     _show_range(axes, sweep, across, key, rows)
     mark_ticks(axes, across)

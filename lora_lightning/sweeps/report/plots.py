@@ -62,6 +62,8 @@ def validation_curves(sweep: Sweep) -> Figure | None:
     curves = [(row, curve) for row in rows if (curve := _curve(row))]
     if not curves:
         return None
+    from matplotlib.ticker import MaxNLocator
+
     named, others = curves[:_NAMED], curves[_NAMED:]
     figure, axes = new_sheet(10.0)
     for _, curve in others:
@@ -80,6 +82,7 @@ def validation_curves(sweep: Sweep) -> Figure | None:
     # What a diverged job rises to is not worth the place; what all begin with is.
     _, top = limits([curve[0][1] for _, curve in curves], "min")
     axes.set_ylim(*limits([top, min(value for _, curve in curves for _, value in curve)], "min"))
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("validation loss")
     legend_beside(figure, handles, texts)

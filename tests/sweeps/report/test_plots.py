@@ -91,11 +91,18 @@ def test_seeds_are_a_mean_with_its_spread(tmp_path):
 
 
 def test_a_random_search_is_points(tmp_path):
-    jobs = [believable([f"learning_rate={1e-4 * 1.1**n:.6g}", f"x={n % 3}.{n}"]) for n in range(30)]
+    jobs = [believable([f"learning_rate={1e-4 * 1.1**n:.6g}", f"x={n % 3}.{n}1"]) for n in range(30)]
     sweep = swept(tmp_path, jobs)
     figure = by_key(sweep, "learning_rate")
     assert not lines_of(figure)
     assert figure.axes[1].get_ylabel() == "x"  # more values than colours: a bar
+
+
+def test_what_agrees_in_all_else_is_joined_among_points(tmp_path):
+    """Of two stages, rates and then ranks at the best rate, the second is a line over the ranks."""
+    jobs = [*grid(lora__r=["8"], learning_rate=RATES), *grid(lora__r=["4", "64"], learning_rate=["1e-3"])]
+    (line,) = lines_of(by_key(swept(tmp_path, jobs), "lora.r"))
+    assert line[:, 0].tolist() == [2, 3, 6]
 
 
 def test_one_that_is_far_off_is_marked_at_the_edge(tmp_path):
