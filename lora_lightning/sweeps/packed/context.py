@@ -41,6 +41,9 @@ VARIABLES = Global(_variables, _set_variables)
 # Of a Trainer in precision 64-true it is another one during a step, in which the baton passes.
 DTYPE = Global(torch.get_default_dtype, torch.set_default_dtype)
 SCREEN = Global(OUTPUT.get, OUTPUT.set)
+# Each of Python's threads has a team of OpenMP's of its own, and teams of more threads than there are cores stand in
+# each other's way. What a job computes by itself is small: one thread is enough.
+THREADS = Global(torch.get_num_threads, torch.set_num_threads)
 # The console that Rich has for everybody, on which there is one live display at a time.
 CONSOLE = Global(lambda: vars(rich)["_console"], lambda console: vars(rich).__setitem__("_console", console))
 
@@ -54,6 +57,9 @@ class Context:
         screen: What the job prints to; None is the process's own screen.
         more: What else is to be the job's own.
         **variables: Environment variables.
+
+    Attributes:
+        threads: How many of torch's threads there are, for a job that computes alone after all.
     """
 
     def __init__(self, screen: Any = None, *, more: Sequence[Global] = (), **variables: str) -> None:

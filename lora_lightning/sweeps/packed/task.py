@@ -58,6 +58,7 @@ class PackedCausalLM(CausalLM):
         answer = None if is_packed(batch) else self._player.hand_in(Score(self.model, batch, train))
         end_if_asked(self._player, self.trainer)
         self._tell_of_others()
+        torch.set_num_threads(self._player.context.threads if answer is None else 1)  # until the next batch
         if answer is None:
             return super().loss_sum(batch)
         total, terms, gradients = answer
