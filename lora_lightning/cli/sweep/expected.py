@@ -18,6 +18,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lora_lightning.cli.sweep.again import to_go_on
 from lora_lightning.cli.sweep.command import clean_environment, job_command, job_variables
@@ -52,7 +53,9 @@ def list_jobs(jobs: Sequence[Composed], pool: Pool, folder: Path) -> None:
     for each, short in zip(jobs, short_overrides([each.job for each in jobs]), strict=True):
         number = each.job.number
         devices = f"{each.job.devices} {each.job.accelerator.upper()}"
-        table.add_row(str(number), short, devices, states[number], _told(seconds.get(number)) if each in left else "")
+        table.add_row(
+            str(number), Text(short), devices, states[number], _told(seconds.get(number)) if each in left else ""
+        )
     console = Console()
     console.print(table)
     console.print("\n".join([_summary(left, seconds, pool), *problems]), soft_wrap=True, highlight=False)
