@@ -63,10 +63,11 @@ class Context:
     """
 
     def __init__(self, screen: Any = None, *, more: Sequence[Global] = (), **variables: str) -> None:
-        self._globals = (GENERATORS, VARIABLES, DTYPE, SCREEN, CONSOLE, *more)
+        self._globals = (GENERATORS, VARIABLES, DTYPE, SCREEN, CONSOLE, THREADS, *more)
         self._own = {each: each.get() for each in self._globals}
         self._own[VARIABLES] |= variables
         self._own[SCREEN], self._own[CONSOLE] = screen, None
+        self.threads, self._own[THREADS] = self._own[THREADS], 1
         self._outside: dict[Global, Any] = {}
 
     def __enter__(self) -> None:
