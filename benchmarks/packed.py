@@ -50,8 +50,12 @@ ROWS = {
 }
 COMMON = ("trainer.log_every_n_steps=1", "trainer.num_sanity_val_steps=0", "data.samples=0")
 HEADLINES = (
-    "experiment=bbc_headlines", "data.system_prompt=Headlines.", "data.val_rows=16", "trainer.max_steps=20", "trainer.val_check_interval=20",
-)  # fmt: skip
+    "experiment=bbc_headlines",
+    "data.system_prompt=Headlines.",  # shorter than the model's own
+    "data.val_rows=16",
+    "trainer.max_steps=20",
+    "trainer.val_check_interval=20",
+)
 TINY = ("experiment=smoke", "data.val_rows=8", "trainer.max_steps=8", "trainer.val_check_interval=8")
 
 
