@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lora_lightning.config import LoraConfig
 from lora_lightning.injection import inject_lora
 from lora_lightning.injection.names import find_root
-from lora_lightning.injection.targets import Target, resolve
+from lora_lightning.injection.targets import Target, output_embeddings, resolve
 from lora_lightning.layers import kind_of
 from lora_lightning.layers.base import adapter_dtype
 from lora_lightning.layers.chunks import MOST_BYTES, free_bytes
@@ -164,7 +164,7 @@ def longest_row(data: Any, max_length: int | None = None) -> dict[str, Tensor]:
         data: After its ``setup``.
         max_length: Rows are cut to so many tokens; None: nobody says.
     """
-    rows = getattr(getattr(data, "loaded", None), "train", None)
+    rows: Any = getattr(getattr(data, "loaded", None), "train", None)
     if hasattr(rows, "lengths") and len(rows):
         lengths = rows.lengths()
         row = rows[max(range(len(lengths)), key=lengths.__getitem__)]
@@ -212,12 +212,12 @@ def _adapters(targets: Sequence[Sequence[Target]], moments: int, itemsize: int |
     return tuple(2 * stack + (1 + moments) * each for each in own)
 
 
-def _side_bytes(layer: nn.Module, itemsize: int | None) -> int:
+def _side_bytes(layer: Any, itemsize: int | None) -> int:
     """Bytes of a low-rank update of rank one; without an itemsize, in the dtype that adapters of a layer have."""
     kind = kind_of(layer, "lora")
     return 0 if kind is None else sum(kind.lora_sides(layer)) * (itemsize or adapter_dtype(layer.weight).itemsize)
 
 
 def _vocabulary(root: nn.Module) -> int:
-    head = root.get_output_embeddings()
+    head: Any = output_embeddings(root)
     return 0 if head is None else len(head.weight)
