@@ -190,7 +190,7 @@ def _return(sweep: Sweep, job: Composed, known: Manifest, outcomes: Mapping[int,
     if outcome is None:
         return returns.failed(job, "it was not run")
     told = outcome.reason or ""
-    return returns.failed(job, told if outcome.state == "failed" else f"{outcome.state}, {told}")
+    return returns.failed(job, told if outcome.state == "failed" else f"{outcome.state}, {told}", state=outcome.state)
 
 
 def _twin(job: Composed, known: Manifest) -> Entry | None:

@@ -86,8 +86,9 @@ def test_a_failed_job_does_not_stop_the_others_unless_it_is_to(multirun):
 def test_fail_fast_starts_no_more(multirun):
     jobs = multirun("x=2,1,3", "fails=2", "hydra.launcher.fail_fast=true")
     for job in jobs[1:]:
-        with pytest.raises(JobFailed, match="not started, job 0 failed"):
+        with pytest.raises(JobFailed, match="not started, job 0 failed") as failed:
             _ = job.return_value
+        assert failed.value.state == "not started"  # a search runs it again
     assert [attempts(number) for number in range(3)] == [1, 0, 0]
 
 
