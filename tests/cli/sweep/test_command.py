@@ -135,7 +135,10 @@ def returned(tmp_path) -> Returned:
     return Returned(tmp_path)
 
 
-@pytest.mark.parametrize(("value", "written"), [(1.5, 1.5), (None, None), (float("nan"), None), ([1], "[1]")])
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [(1.5, 1.5), (None, None), (float("nan"), None), ([1, float("nan")], [1, None]), (Path("a"), f"{Path('a')!r}")],
+)
 def test_what_a_job_returns_is_written(returned, value, written):
     content = json.loads(returned(value))
     assert content.pop("seconds") >= 0
