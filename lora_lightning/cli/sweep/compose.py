@@ -16,6 +16,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
+from lora_lightning.cli.launch import CONFIGS
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import LoraConfigError
 from lora_lightning.sweeps.runs import Job
@@ -66,8 +67,8 @@ def compose_jobs(
         first: The number of the first job.
 
     Returns:
-        The jobs, and what is wrong with those that cannot be composed, hold a LoRA configuration that is refused, or
-        share a folder.
+        The jobs, and what is wrong with those that cannot be composed, lack a value, hold a LoRA configuration that is
+        refused, or share a folder.
     """
     setup_globals()
     composed: list[Composed] = []
@@ -127,6 +128,12 @@ def own_overrides(overrides: Sequence[str]) -> tuple[str, ...]:
     return tuple(each for each in overrides if not each.lstrip("+~").startswith(of_others))
 
 
+def is_ours(config: DictConfig) -> bool:
+    """Whether a configuration is one of this package's own scripts, which says what its parts mean."""
+    sources = config.hydra.runtime.config_sources
+    return any(f"{each.schema}://{each.path}" == CONFIGS for each in sources if each.provider == "main")
+
+
 def _compose(context: HydraContext, sweep: DictConfig, overrides: tuple[str, ...], number: int) -> Composed:
     config = context.config_loader.load_sweep_config(sweep, list(overrides))
     with read_write(config), open_dict(config):
@@ -137,8 +144,21 @@ def _compose(context: HydraContext, sweep: DictConfig, overrides: tuple[str, ...
         with read_write(config.hydra.runtime), open_dict(config.hydra.runtime):
             config.hydra.runtime.output_dir = str(folder)
     with hydra_config(config):
+        if is_ours(config):
+            _check_whole(config)
         _check_lora(config)
     return Composed(Job(number, own_overrides(overrides), folder), overrides, config)
+
+
+def _check_whole(config: DictConfig) -> None:
+    """Read all settings, as a job of ours does before anything else. What others leave open may be theirs to fill in."""
+    if missing := sorted(key for key in OmegaConf.missing_keys(config) if not key.startswith("hydra.")):
+        raise LoraConfigError(
+            f"{' and '.join(missing)} has no value yet: add {' '.join(f'{key}=…' for key in missing)}"
+        )
+    for key in config:
+        if key != "hydra" and OmegaConf.is_config(node := config[key]):
+            OmegaConf.to_container(node, resolve=True)
 
 
 def _check_lora(config: DictConfig) -> None:

@@ -22,8 +22,7 @@ from rich.text import Text
 
 from lora_lightning.cli.sweep.again import to_go_on
 from lora_lightning.cli.sweep.command import clean_environment, job_command, job_variables
-from lora_lightning.cli.sweep.compose import Composed, hydra_config
-from lora_lightning.cli.sweep.prepare import is_ours
+from lora_lightning.cli.sweep.compose import Composed, hydra_config, is_ours
 from lora_lightning.sweeps import runs
 from lora_lightning.sweeps.devices import Pool, Slot
 from lora_lightning.sweeps.length import length

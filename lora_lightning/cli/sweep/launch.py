@@ -98,7 +98,11 @@ def launch(
         if works is None:
             refuse_halving(OmegaConf.select(config, "sweep.halving", default=False))
         sweep = Sweep(Path(config.hydra.sweep.dir).resolve(), config, checked, Pool(checked.jobs_per_device))
-        jobs = _jobs(context, sweep, batch, first)
+        try:
+            jobs = _jobs(context, sweep, batch, first)
+        except LoraConfigError:
+            _remove_what_hydra_wrote(sweep.folder)
+            raise
         if checked.dry_run:
             _list_only(sweep, jobs)
         with manifest.alone_in(sweep.folder):
@@ -232,7 +236,7 @@ def _list_only(sweep: Sweep, jobs: Sequence[Composed]) -> None:
 
 
 def _remove_what_hydra_wrote(folder: Path) -> None:
-    """The sweeper has made the folder of a sweep that was only listed; a folder with anything else in it stays."""
+    """The sweeper has made the folder of a sweep of which nothing is started; one with anything else in it stays."""
     written = folder / "multirun.yaml"
     if folder.is_dir() and {each.name for each in folder.iterdir()} == {written.name}:
         written.unlink()

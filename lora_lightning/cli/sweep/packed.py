@@ -1,4 +1,4 @@
-"""What ``hydra/launcher=lora_packed`` does otherwise than ``lora_local``: jobs that can share a base are one process."""
+"""What ``hydra/launcher=lora_packed`` does otherwise than ``lora_local``: jobs of one base are one process."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from hydra.core.utils import JobReturn
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
-from lora_lightning.cli.launch import CONFIGS
 from lora_lightning.cli.packed import GroupFile, Packed
 from lora_lightning.cli.sweep import launch as local
 from lora_lightning.cli.sweep.again import to_go_on
 from lora_lightning.cli.sweep.command import job_command, program
-from lora_lightning.cli.sweep.compose import Composed, hydra_config
+from lora_lightning.cli.sweep.compose import Composed, hydra_config, is_ours
 from lora_lightning.sweeps import manifest, runs
 from lora_lightning.sweeps.packed import grouping, halving
 from lora_lightning.sweeps.packed.packable import PackableJob, base_config
@@ -41,7 +40,7 @@ def launch(
 def works(sweep: local.Sweep, jobs: Sequence[Composed]) -> list[Work]:
     """A process for each group of jobs that are trained together, and for each job that goes alone; says which."""
     plan = halving.Plan.of(sweep.options.halving)
-    if not _is_ours(sweep.config):
+    if not is_ours(sweep.config):
         print("Each job goes alone: only those of this package's own training command are trained together.")
         return local.one_process_each(sweep, jobs)
     composed = {each.job.number: each for each in jobs}
@@ -51,8 +50,8 @@ def works(sweep: local.Sweep, jobs: Sequence[Composed]) -> list[Work]:
         print(line)
     alone = [group.jobs[0].number for group in groups if group.alone is not None]
     if plan is not None and alone:
-        print(f"Nothing stops before its end of what goes alone (job {', '.join(map(str, alone))}): sweep.halving")
-        print("compares jobs that are trained together.")
+        numbers = ", ".join(map(str, alone))
+        print(f"sweep.halving compares jobs that are trained together: job {numbers} goes alone, and to its end.")
     return [
         local.work_of(sweep, composed[group.jobs[0].number])
         if group.alone is not None
@@ -104,9 +103,3 @@ def _others(sweep: local.Sweep, jobs: Sequence[Composed]) -> dict[str, str]:
     here = {each.job.number for each in jobs}
     entries = () if known is None else known.jobs
     return {str(each.number): str(sweep.folder / each.folder) for each in entries if each.number not in here}
-
-
-def _is_ours(config: DictConfig) -> bool:
-    """Whether the sweep is one of our own training command, whose task function the jobs' common process knows."""
-    main = [source for source in config.hydra.runtime.config_sources if source.provider == "main"]
-    return any(f"{source.schema}://{source.path}" == CONFIGS for source in main)

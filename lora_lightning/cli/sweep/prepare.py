@@ -16,9 +16,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lora_lightning.cli.launch import CONFIGS
 from lora_lightning.cli.sweep.command import clean_environment
-from lora_lightning.cli.sweep.compose import hydra_config
+from lora_lightning.cli.sweep.compose import hydra_config, is_ours
 from lora_lightning.errors import AdapterError, LoraConfigError
 
 # Settings that change neither which files a model has nor what its rows are.
@@ -68,12 +67,6 @@ def distinct(configs: Sequence[DictConfig]) -> list[dict[str, Any]]:
             settings = {part: OmegaConf.to_container(config[part], resolve=True) for part in ("model", "data")}
         found.setdefault(_key(settings), settings)
     return list(found.values())
-
-
-def is_ours(config: DictConfig) -> bool:
-    """Whether a configuration is one of this package's own scripts, which says what its parts mean."""
-    sources = config.hydra.runtime.config_sources
-    return any(f"{each.schema}://{each.path}" == CONFIGS for each in sources if each.provider == "main")
 
 
 def _key(settings: dict[str, Any]) -> str:
