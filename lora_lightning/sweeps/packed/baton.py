@@ -75,7 +75,22 @@ class Player:
         try:
             self._work(self)
         except BaseException as error:  # of whatever kind: it is this job's, and the others go on
-            self.error = error
+            self.error = without_frames(error)
         finally:
             self.ended = True
             self._back.release()
+
+
+def without_frames(error: BaseException) -> BaseException:
+    """An error, and those that it came from, without the frames they went through.
+
+    What those hold, a whole training or the activations of a step, would be in memory for as long as the error is.
+    """
+    seen: list[BaseException] = []
+    ahead: list[BaseException | None] = [error]
+    while ahead:
+        each = ahead.pop()
+        if each is not None and not any(each is other for other in seen):
+            seen.append(each.with_traceback(None))
+            ahead += [each.__cause__, each.__context__]
+    return error

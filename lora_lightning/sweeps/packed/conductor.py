@@ -7,6 +7,8 @@ job that trains.
 
 from __future__ import annotations
 
+import functools
+import gc
 import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.errors import AdapterError, LoraConfigError
-from lora_lightning.sweeps.packed.baton import Player
+from lora_lightning.sweeps.packed.baton import Player, without_frames
 from lora_lightning.sweeps.packed.halving import Board, Place
 from lora_lightning.sweeps.packed.requests import AtRung, Score
 
@@ -92,6 +94,8 @@ class Conductor:
             player = waiting.popleft()
             if self._signal:
                 continue
+            if any(each.ended for each in self._cohort):
+                gc.collect()  # a training knows itself in circles, and the next one is to find its memory free
             self._cohort[player] = cohort
             player.play()
             if not player.ended:
@@ -114,35 +118,44 @@ class Conductor:
 
     def _answers(self, asked: list[Player], scoring: list[Player]) -> dict[Player, Any]:
         """The losses of those that are scored together; of the others nothing: they are to do it themselves."""
-        self._take_seats([player for player in scoring if not self._is_alone(player)])
-        together = [player for player in asked if player in self._seats]
+        able = [player for player in scoring if not self._is_alone(player)]
+        together = [player for player in asked if player in able]
+        failed = self._attempt(together, lambda: self._take_seats(able))
+        together = [player for player in together if player in self._seats]
         train = asked[0].request.train
         sizes = sorted({player.request.rows for player in together})
         if train and len(sizes) > 1:  # an epoch's last batch is smaller, and epochs end at different steps
             return {}
-        answers: dict[Player, Any] = {}
+        answers = failed
         for rows in sizes:
             alike = [player for player in together if player.request.rows == rows]
             if len(alike) > 1:
-                answers |= self._scored(alike, train)
+                answers |= self._attempt(alike, functools.partial(self._scored, alike, train))
         return answers
 
-    def _scored(self, players: list[Player], train: bool) -> dict[Player, Any]:
-        slots = {self._seats.index(player): player for player in players}
-        device = players[0].request.device
+    def _attempt(self, players: list[Player], do: Callable[[], dict[Player, Any]]) -> dict[Player, Any]:
+        """Do something for several jobs at once: their answers, or none where it is refused and each does it itself."""
+        drawn = [player.context.drawn() for player in players]
         try:
-            with players[0].context.computing(), players[0].request.as_handed_in():
-                losses = self._model.losses(
-                    {slot: player.request.batch for slot, player in slots.items()},
-                    train=train,
-                    drawing=lambda slot: self._seats[slot].context.drawing(device),
-                )
+            return do()
         except LoraConfigError as error:  # what does not go together goes by itself, and who is wrong fails alone
+            for player, states in zip(players, drawn, strict=True):
+                player.context.draw_again(states)
             self._tell(f"Not scored together: {error}")
             return {}
         except Exception as error:  # it is for each job's Trainer to end the job
             traceback.print_exc()
             return {player: _failed(players, error) for player in players}
+
+    def _scored(self, players: list[Player], train: bool) -> dict[Player, Any]:
+        slots = {self._seats.index(player): player for player in players}
+        device = players[0].request.device
+        with players[0].context.computing(), players[0].request.as_handed_in():
+            losses = self._model.losses(
+                {slot: player.request.batch for slot, player in slots.items()},
+                train=train,
+                drawing=lambda slot: self._seats[slot].context.drawing(device),
+            )
         return {player: losses[slot] for slot, player in slots.items()}
 
     def _tell(self, message: str) -> None:
@@ -159,12 +172,14 @@ class Conductor:
                     print(f"This job is not trained together with others: {reason}.")
         return player in self._alone
 
-    def _take_seats(self, players: list[Player]) -> None:
+    def _take_seats(self, players: list[Player]) -> dict[Player, Any]:
         """Seat the jobs that score now: those at a rung stand aside, and a single one does better by itself."""
         players = players if len(players) > 1 else []
         if players != self._seats:
+            self._seats = []
             self._model.seat([player.request.model for player in players])
             self._seats = players
+        return {}
 
     # ---- halving
 
@@ -197,5 +212,5 @@ def _failed(players: list[Player], error: Exception) -> AdapterError:
     numbers = ", ".join(str(player.number) for player in players)
     advice = ". Let fewer jobs train at once: sweep.jobs_at_once" if isinstance(error, torch.OutOfMemoryError) else ""
     failed = AdapterError(f"The step of jobs {numbers} together has failed: {type(error).__name__}: {error}{advice}")
-    failed.__cause__ = error
+    failed.__cause__ = without_frames(error)  # they hold the step's activations
     return failed

@@ -98,6 +98,15 @@ class Context:
             yield
             states["torch"] = torch.get_rng_state()
 
+    def drawn(self) -> dict[str, Any]:
+        """How far the job's generators are, outside of its context; see `draw_again`."""
+        states = self._own[GENERATORS]
+        return {**states, "cuda": [*states["cuda"]]} if "cuda" in states else {**states}
+
+    def draw_again(self, states: dict[str, Any]) -> None:
+        """Take back what was drawn since `drawn` gave these states."""
+        self._own[GENERATORS] = states
+
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
         """Compute outside of the job's context in the floating-point type that is its default now."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -246,3 +247,69 @@ def test_a_job_that_ends_before_a_rung_keeps_nobody_waiting(twins):
     jobs = players(early, climbing)
     Conductor(OneByOne(), places=2, board=Board(2, "min")).run(jobs)
     assert [job.error for job in jobs] == [None, None]
+
+
+class Large:
+    """What a job has in memory; its parts know each other, as those of a Trainer do."""
+
+    def __init__(self):
+        self.itself = self
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_a_job_has_in_memory_is_gone_before_the_next_begins(twins, fails):
+    left, seen = [], []
+
+    def first(player):
+        large = Large()
+        left.append(weakref.ref(large))
+        plan(twins.shells[0], "t")(player)
+        if fails:
+            try:
+                raise ValueError("no luck")
+            except ValueError:
+                raise RuntimeError("none at all") from None
+
+    def second(player):
+        seen.append(left[0]())
+
+    jobs = players(first, second)
+    Conductor(OneByOne(), places=1).run(jobs)
+    assert seen == [None]
+    assert (jobs[0].error is not None) == fails
+
+
+@pytest.mark.parametrize(
+    ("error", "ends_with"), [(LoraConfigError("of another base"), type(None)), (MemoryError("too much"), AdapterError)]
+)
+def test_where_no_seats_can_be_taken_jobs_end_or_go_on_by_themselves(twins, capsys, error, ends_with):
+    class Unwilling(OneByOne):
+        def seat(self, models):
+            super().seat([])
+            if models:
+                raise error
+
+    log = []
+    jobs = players(*(plan(shell, "t", log=log) for shell in twins.shells[:2]))
+    Conductor(Unwilling(), places=2).run(jobs)
+    assert [type(job.error) for job in jobs] == [ends_with] * 2
+    assert log == ([(0, "t", None), (1, "t", None)] if ends_with is type(None) else [])
+    assert str(error) in "".join(capsys.readouterr())
+
+
+def test_what_was_drawn_for_a_step_that_is_refused_is_drawn_again(twins):
+    class Refusing(OneByOne):
+        def losses(self, batches, *, train, drawing):
+            super().losses(batches, train=train, drawing=drawing)
+            raise LoraConfigError("tokens are picked out")
+
+    found = []
+
+    def work(player):
+        torch.manual_seed(3)
+        player.hand_in(Score(twins.shells[0], batch(2, 4, 0), True))
+        found.append(torch.rand(()).item())
+
+    Conductor(Refusing(), places=2).run(players(work, work))
+    torch.manual_seed(3)
+    assert found == [torch.rand(()).item()] * 2
