@@ -151,7 +151,7 @@ def _compose(context: HydraContext, sweep: DictConfig, overrides: tuple[str, ...
 
 
 def _check_whole(config: DictConfig) -> None:
-    """Read all settings, as a job of ours does before anything else. What others leave open may be theirs to fill in."""
+    """Read all settings, as a job of ours does before all else. What others leave open may be theirs to fill in."""
     if missing := sorted(key for key in OmegaConf.missing_keys(config) if not key.startswith("hydra.")):
         raise LoraConfigError(
             f"{' and '.join(missing)} has no value yet: add {' '.join(f'{key}=…' for key in missing)}"
