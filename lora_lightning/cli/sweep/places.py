@@ -47,20 +47,29 @@ def jobs_at_once(config: DictConfig, options: Mapping[str, Any]) -> int:
     return max(1, pool.places(placed[0].job)) if placed else 1  # what is wrong is told when jobs are launched
 
 
+def refuse_machines(config: DictConfig) -> None:
+    """Refuse a job on several machines: a sweep starts it on one, where it would wait for the others for ever.
+
+    Raises:
+        LoraConfigError: It is one.
+    """
+    nodes = OmegaConf.select(config, "trainer.num_nodes", default=1)
+    if nodes not in (None, 1):
+        raise LoraConfigError(
+            f"trainer.num_nodes={nodes}, and a job of a sweep runs on one machine. Start such a training by itself, "
+            "without -m, as docs/strategies.md says"
+        )
+
+
 def _with_devices(job: Composed, pool: Pool, devices_per_job: int | None) -> Composed:
     with hydra_config(job.config):
         asked = OmegaConf.select(job.config, "trainer.devices", default=1)
         accelerator = OmegaConf.select(job.config, "trainer.accelerator", default="auto")
-        nodes = OmegaConf.select(job.config, "trainer.num_nodes", default=1)
-    if nodes not in (None, 1):
-        raise LoraConfigError(
-            f"trainer.num_nodes={nodes}, and this launcher has the devices of one machine: "
-            "hydra/launcher=submitit_slurm asks a cluster for more"
-        )
+        refuse_machines(job.config)
     kind, number = meant(asked, accelerator, gpus=len(pool.gpus))
-    if kind == "gpu" and OmegaConf.is_list(asked):
+    if kind == "gpu" and (OmegaConf.is_list(asked) or "," in str(asked)):
         raise LoraConfigError(
-            f"trainer.devices={list(asked)} names GPUs, and which ones a job gets is for the sweep to say: give their "
+            f"trainer.devices={asked} names GPUs, and which ones a job gets is for the sweep to say: give their "
             "number; CUDA_VISIBLE_DEVICES in front of the command chooses those of the whole sweep"
         )
     if devices_per_job is None:

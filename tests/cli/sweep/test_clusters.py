@@ -141,6 +141,14 @@ def test_a_grid_with_two_processes_a_job_is_that_of_lora_local(command, tmp_path
     assert (out / "sweep.md").is_file()
 
 
+def test_a_job_on_several_machines_would_wait_for_ever_and_is_refused(command, tmp_path):
+    words = ("-m", "experiment=smoke", "hydra/launcher=basic", "trainer.num_nodes=2", "hydra.sweep.dir=out")
+    done = command(TRAIN, *words, cwd=tmp_path, timeout=60)
+    assert done.returncode == 1
+    assert "trainer.num_nodes=2, and a job of a sweep runs on one machine" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_hydras_own_launcher_gets_a_report_too_and_keeps_to_its_sweep(command, tmp_path):
     words = (
         "-m",

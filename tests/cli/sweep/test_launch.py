@@ -125,9 +125,13 @@ def test_more_devices_than_there_are(refused):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     {
-        "machines": (("+trainer.num_nodes=1,2",), "jobs 2, 3|job 1 .*trainer.num_nodes=2, and this launcher has the"),
+        "machines": (
+            ("+trainer.num_nodes=1,2",),
+            "job 1 .*trainer.num_nodes=2, and a job of a sweep runs on one machine",
+        ),
         "no number": (("trainer.devices=1,several",), "trainer.devices must be a number from 1 on, .* got 'several'"),
         "named GPUs": (("trainer.devices=[0,1]", "trainer.accelerator=gpu"), r"names GPUs, and which ones a job gets"),
+        "GPUs in a text": (("trainer.devices='2,3'", "trainer.accelerator=gpu"), r"devices=2,3 names GPUs, and which"),
         "more than given": (("trainer.devices=1,2", "hydra.launcher.devices_per_job=1"), "sweep.devices_per_job=1"),
         "one folder": (("x=1,2", "hydra.sweep.subdir=same"), "is that of job 0 as well: hydra.sweep.subdir has to"),
     }.values(),
