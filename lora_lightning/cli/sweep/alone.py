@@ -28,8 +28,8 @@ def run_in_process(cfg: DictConfig, started: Sequence[str]) -> Any:
         started: The command line of the sweep.
 
     Raises:
-        JobFailed: It has ended with an error; or it was not started, since its folder is in that of another sweep, it is
-            to train on several machines, or what an earlier start has left running does not end.
+        JobFailed: It has ended with an error; or it was not started, since its folder is in that of another sweep, it
+            is to train on several machines, or what an earlier start has left running does not end.
     """
     hydra = HydraConfig.get()
     overrides = tuple(hydra.overrides.task)
