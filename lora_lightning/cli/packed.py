@@ -47,7 +47,7 @@ class GroupFile:
         metric: What jobs are compared by.
         mode: ``min`` or ``max``.
         among: What the jobs have in common with those that they are compared with, in a few signs.
-        earlier: Folders of other jobs of the sweep, which may have come to rungs at another time, by number.
+        earlier: Folders of all jobs of the sweep, which may have come to rungs at another time, by number.
     """
 
     jobs: tuple[Packed, ...]
@@ -84,6 +84,7 @@ def main() -> None:
     os.environ.setdefault("WANDB_REINIT", "create_new")  # a W&B run of its own for each job, all open at once
     route()  # before Lightning is imported, whose messages go to the streams that it finds
     from lora_lightning.cli.packing import train_together
+    from lora_lightning.cli.told import told
 
     if len(sys.argv) != 2:
         raise SystemExit("python -m lora_lightning.cli.packed FILE, as hydra/launcher=lora_packed writes one")
@@ -103,7 +104,8 @@ def main() -> None:
             if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, note)
 
-    failed = train_together(group, hear)
+    with told():
+        failed = train_together(group, hear)
     sys.stdout.flush()
     raise SystemExit(128 + noted[0] if noted else int(failed))
 

@@ -191,7 +191,7 @@ def _of_no_job(config: DictConfig) -> DictConfig:
 
 
 def _earlier(group: GroupFile) -> dict[int, list[float]]:
-    """What other jobs have reported at rungs before this process began."""
+    """What jobs have reported at rungs before this process began."""
     found = {}
     for number, folder in group.earlier.items():
         left = read_json(Path(folder) / NAME) or {}

@@ -6,6 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra.core.utils import JobReturn
@@ -15,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from lora_lightning.cli.packed import GroupFile, Packed
 from lora_lightning.cli.sweep import launch as local
 from lora_lightning.cli.sweep.again import to_go_on
-from lora_lightning.cli.sweep.command import job_command, program
+from lora_lightning.cli.sweep.command import job_command, place_of, program
 from lora_lightning.cli.sweep.compose import Composed, hydra_config, is_ours
 from lora_lightning.sweeps import manifest, runs
 from lora_lightning.sweeps.packed import grouping, halving
@@ -42,6 +43,8 @@ def works(sweep: local.Sweep, jobs: Sequence[Composed]) -> list[Work]:
     plan = halving.Plan.of(sweep.options.halving)
     if not is_ours(sweep.config):
         print("Each job goes alone: only those of this package's own training command are trained together.")
+        if plan is not None:
+            print("Nothing stops before its end: sweep.halving compares jobs that are trained together.")
         return local.one_process_each(sweep, jobs)
     composed = {each.job.number: each for each in jobs}
     packable = [_packable(each) for each in jobs]
@@ -64,13 +67,13 @@ def _work(sweep: local.Sweep, jobs: Sequence[Composed], among: str) -> Work:
     place = sweep.folder / FOLDER / f"group-{jobs[0].job.number}.json"
     options = sweep.options
     file = GroupFile(
-        jobs=tuple(_packed(each) for each in jobs),
+        jobs=tuple(_packed(each, sweep.folder) for each in jobs),
         places=options.jobs_at_once,
         halving=options.halving,
         metric=options.metric,
         mode=options.mode,
         among=among,
-        earlier=_others(sweep, jobs),
+        earlier=_folders(sweep.folder),
     ).write(place)
     return Work(
         tuple(each.job for each in jobs),
@@ -80,8 +83,9 @@ def _work(sweep: local.Sweep, jobs: Sequence[Composed], among: str) -> Work:
     )
 
 
-def _packed(job: Composed) -> Packed:
-    command = job_command((*job.overrides, *to_go_on(job.job.folder, job.config)), job.job.folder)
+def _packed(job: Composed, sweep: Path) -> Packed:
+    overrides = (*job.overrides, *place_of(job.job, sweep), *to_go_on(job.job.folder, job.config))
+    command = job_command(overrides, job.job.folder)
     arguments = command[len(program(sys.argv[0])) :]
     return Packed(job.job.number, str(job.job.folder), arguments, str(job.job.log))
 
@@ -97,9 +101,7 @@ def _key(one: PackableJob) -> str:
     return hashlib.sha256(json.dumps(grouping.shared(one), sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _others(sweep: local.Sweep, jobs: Sequence[Composed]) -> dict[str, str]:
-    """Folders of the sweep's other jobs, which may have come to rungs at another time."""
-    known = manifest.read(sweep.folder)
-    here = {each.job.number for each in jobs}
-    entries = () if known is None else known.jobs
-    return {str(each.number): str(sweep.folder / each.folder) for each in entries if each.number not in here}
+def _folders(sweep: Path) -> dict[str, str]:
+    """Folders of all jobs of a sweep, which may have come to rungs at another time, those that go on among them."""
+    known = manifest.read(sweep)
+    return {} if known is None else {str(each.number): str(sweep / each.folder) for each in known.jobs}
