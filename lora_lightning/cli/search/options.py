@@ -55,6 +55,11 @@ class Options:
             raise LoraConfigError(f"hydra.sweeper.direction is min or max, or a list of these, got {self.direction!r}")
         return [_DIRECTIONS[each] for each in given]
 
+    @property
+    def better(self) -> str | None:
+        """``"min"`` or ``"max"``; None where jobs return several values."""
+        return {"minimize": "min", "maximize": "max"}[self.directions[0]] if len(self.directions) == 1 else None
+
     def make_sampler(self, space: Space, before: int) -> BaseSampler:
         """A sampler for the next batch.
 

@@ -31,6 +31,8 @@ def search(run: SearchRun, options: Options, arguments: Sequence[str]) -> None:
     """
     space = parse_space(arguments, options.params, run.loader)
     options.check(space)
+    if options.better is not None:
+        run.check_direction(options.better)
     with run.begun():
         OptunaSearch(run, options, space).run()
 
@@ -82,11 +84,13 @@ class OptunaSearch:
             self._tell(trial.number, returns[number])
 
     def _note(self, jobs: Mapping[int, FrozenTrial], overrides: Mapping[int, Sequence[str]]) -> list[Path]:
-        """Let each job that may be pruned know its trial."""
+        """Let each job that may be pruned know its trial; one that may be no more is told nothing."""
         pruner, folders = self._options.pruner, []
-        if pruner is not None:
-            for number, trial in jobs.items():
-                folders.append(self._run.folder_of(number, overrides[number]))
+        for number, trial in jobs.items():
+            folders.append(self._run.folder_of(number, overrides[number]))
+            if pruner is None:
+                Note.remove(folders[-1])
+            else:
                 self._trials.note(trial.number, self._options.monitor, pruner).write(folders[-1])
         return folders
 

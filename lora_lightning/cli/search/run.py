@@ -60,6 +60,23 @@ class SearchRun:
             os.close(descriptor)
             self._tidy()
 
+    def check_direction(self, better: str) -> None:
+        """See that the sweep's report will call the same jobs the best ones.
+
+        Args:
+            better: ``"min"`` or ``"max"``.
+
+        Raises:
+            LoraConfigError: It would take the worst ones for the best.
+        """
+        mode = OmegaConf.select(self._config, "hydra.launcher.mode") or OmegaConf.select(self._config, "sweep.mode")
+        if mode is not None and mode != better:
+            key = "sweep.mode" if OmegaConf.select(self._config, "sweep.mode") else "hydra.launcher.mode"
+            raise LoraConfigError(
+                f"hydra.sweeper.direction={better}, and the sweep's report takes mode={mode}: its best is your "
+                f"worst. Add {key}={better}"
+            )
+
     def jobs_at_once(self) -> int | None:
         """How many jobs the launcher runs at once, where it says so."""
         say = getattr(self._launcher, "jobs_at_once", None)

@@ -21,6 +21,7 @@ from hydra.core.override_parser.types import (
 )
 from hydra.errors import HydraException
 
+from lora_lightning.cli.sweep.compose import own_overrides
 from lora_lightning.errors import LoraConfigError
 
 TAGS = frozenset({"log"})
@@ -97,8 +98,11 @@ class Space(NamedTuple):
         return math.prod(math.inf if values is None else len(values) for values in counted)
 
     def described(self) -> dict[str, Any]:
-        """The same as plain values, to compare one search with another."""
-        return {"fixed": list(self.fixed), "searched": {key: repr(values) for key, values in self.searched.items()}}
+        """The same as plain values, to compare one search with another: where jobs run is no part of it."""
+        return {
+            "fixed": list(own_overrides(self.fixed)),
+            "searched": {key: repr(values) for key, values in self.searched.items()},
+        }
 
 
 def parse_space(

@@ -66,6 +66,7 @@ def run_stages(run: SearchRun, options: Options, arguments: Sequence[str]) -> No
     """
     if options.direction not in ("min", "max"):
         raise LoraConfigError(f"hydra.sweeper.direction is min or max, got {options.direction!r}")
+    run.check_direction(options.direction)
     fixed, stages = _read(run, options, arguments)
     with run.begun():
         _Stages(run, options, fixed).run(stages)

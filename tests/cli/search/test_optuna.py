@@ -154,6 +154,22 @@ def test_bad_input(search, arguments, words):
     assert not (done.folder / "started").exists() or len(done.started) <= 3
 
 
+def test_the_report_and_the_search_call_the_same_end_the_better_one(search):
+    words = (OPTUNA, "hydra/launcher=lora_local", "x=1,2", "hydra.sweeper.direction=max")
+    done = search(*words)
+    assert done.status == 1
+    assert "hydra.sweeper.direction=max, and the sweep's report takes mode=min" in done.screen
+    assert not done.folder.exists()
+
+
+def test_without_a_pruner_no_job_is_pruned_that_was_begun_with_one(search, tmp_path):
+    note = tmp_path / "sweep" / "0" / "trial.json"
+    note.parent.mkdir(parents=True)
+    note.write_text("{}")
+    assert search(OPTUNA, "x=1,2", "hydra.sweeper.n_trials=1").status == 0
+    assert not note.exists()
+
+
 def test_a_folder_of_another_search(search):
     assert search(OPTUNA, "x=1,2", "hydra.sweeper.n_trials=1").status == 0
     other = search(OPTUNA, "x=1,2,3", "hydra.sweeper.n_trials=1")

@@ -117,6 +117,7 @@ def test_a_study_of_something_else_is_refused(tmp_path, changed):
     with pytest.raises(LoraConfigError, match="another search"):
         Trials(tmp_path, changed.get("space", SPACE), changed.get("options", Options()))
     Trials(tmp_path, SPACE, Options(n_trials=100, sampler="random", seed=5))  # how it goes on may change
+    Trials(tmp_path, SPACE._replace(fixed=("sweep.jobs_per_device=2",)), Options())  # and where its jobs run
 
 
 def test_a_line_broken_off_is_taken_away(tmp_path):
