@@ -6,6 +6,8 @@ import contextlib
 import os
 from pathlib import Path
 
+from lora_lightning.errors import LoraConfigError
+
 try:
     import fcntl
 except ImportError:  # Windows, where a sweep cannot run, but may be read
@@ -24,9 +26,12 @@ def lock(path: Path, content: str) -> int | None:
 
     Returns:
         The descriptor, to be closed by the caller; None where somebody else holds the lock.
+
+    Raises:
+        LoraConfigError: This system has no such locks.
     """
     if fcntl is None:
-        raise OSError("Sweeps need locks that the system lets go of, which Windows does not have: use WSL or Linux")
+        raise LoraConfigError("A sweep needs locks that the system lets go of, which Windows does not have: use WSL")
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
