@@ -53,8 +53,14 @@ class Rungs(pl.Callback):
         """Find out where the rungs are, and have a validation at each.
 
         Raises:
-            LoraConfigError: Nobody knows how many steps the run has.
+            LoraConfigError: Nobody knows how many steps the run has, or it has no validation.
         """
+        loaded = trainer.val_dataloaders is not None
+        if not trainer.enable_validation or (loaded and not any(trainer.num_val_batches)):
+            raise LoraConfigError(
+                "sweep.halving compares jobs by a validation, and this one has none: give the data validation rows "
+                f"(data.val_rows) and leave trainer.limit_val_batches above 0, got {trainer.limit_val_batches}"
+            )
         steps = trainer.estimated_stepping_batches
         if not math.isfinite(steps) or steps < 1:
             raise LoraConfigError("sweep.halving needs to know how many steps a job has: set trainer.max_steps")
