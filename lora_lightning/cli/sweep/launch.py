@@ -139,12 +139,14 @@ def _run(sweep: Sweep, jobs: Sequence[Composed], works: Works) -> list[JobReturn
     known = manifest.open_sweep(sweep.folder, _manifest(sweep, jobs))
     _wait_for_earlier([each.job for each in jobs])
     to_run = _left(jobs, known)
-    prepare_all([each.config for each in to_run])
+    pieces = works(sweep, to_run) if to_run else ()
+    if len(pieces) > 1:  # a single process makes what it needs, and nobody waits for it
+        prepare_all([each.config for each in to_run])
     outcomes: Mapping[int, engine.Outcome] = {}
     try:
-        if to_run:
+        if pieces:
             outcomes = engine.run(
-                works(sweep, to_run),
+                pieces,
                 sweep.pool,
                 fail_fast=sweep.options.fail_fast,
                 watch=SweepTable(sweep.options.metric),
