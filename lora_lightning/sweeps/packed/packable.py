@@ -123,6 +123,8 @@ def _of_trainer(trainer: Mapping[str, Any], job: Job) -> Iterator[str]:
         yield f"trainer.precision={precision} is none of {', '.join(PRECISIONS)}"
     if trainer.get("plugins"):
         yield "trainer.plugins change how it computes"
+    if trainer.get("max_time"):
+        yield "trainer.max_time would count the time of all jobs"
     if trainer.get("profiler"):
         yield "trainer.profiler would measure all jobs at once"
 

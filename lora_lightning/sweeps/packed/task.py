@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import Self
 
 from lora_lightning.reports.recorder import RunRecorder
 from lora_lightning.sweeps.packed.baton import Player
@@ -47,6 +48,10 @@ class PackedCausalLM(CausalLM):
 
     def _load(self, config: ModelConfig) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
         return self._given
+
+    def cpu(self) -> Self:
+        """Stay: a strategy that ends moves its module, which would copy the base, and copy it back for a validation."""
+        return self
 
     def configure_callbacks(self) -> list[Callback]:
         """Add what the jobs of the process have beside their own callbacks."""

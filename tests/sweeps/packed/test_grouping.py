@@ -92,6 +92,7 @@ def test_what_is_the_jobs_own_may_differ(own):
         (["trainer=ddp"], "DDPStrategy"),
         (["trainer.precision=16-mixed"], "16-mixed is none of 32-true"),
         (["trainer.profiler=simple"], "profiler"),
+        (["trainer.max_time=00:01:00:00"], "max_time"),
         (["trainer._target_=mine.Trainer"], "mine.Trainer"),
     ],
 )
