@@ -23,6 +23,22 @@ from lora_lightning.sweeps.runs import Job
 
 _CALLBACK = ("lora_lightning.LoraCallback", "lora_lightning.callback.LoraCallback")
 
+# All that our launchers read; other keys of a group with this name are those of somebody's jobs.
+_OF_THE_SWEEP = tuple(
+    f"sweep.{key}{end}"
+    for key in (
+        "dry_run",
+        "fail_fast",
+        "devices_per_job",
+        "jobs_per_device",
+        "reports",
+        "mode",
+        "jobs_at_once",
+        "halving",
+    )
+    for end in "=."
+)
+
 
 @dataclass(frozen=True)
 class Composed:
@@ -124,7 +140,7 @@ def hydra_config(config: DictConfig) -> Iterator[None]:
 
 def own_overrides(overrides: Sequence[str]) -> tuple[str, ...]:
     """The overrides that make a job what it is: those of Hydra and of the sweep itself left out."""
-    of_others = ("hydra.", "hydra/", "sweep.")
+    of_others = ("hydra.", "hydra/", *_OF_THE_SWEEP)
     return tuple(each for each in overrides if not each.lstrip("+~").startswith(of_others))
 
 

@@ -1,12 +1,26 @@
-"""Jobs of the training command are read as a whole before one of them starts."""
+"""What makes a job what it is, and that those of the training command are read as a whole before one of them starts."""
 
 from __future__ import annotations
 
 import pytest
+from omegaconf import OmegaConf
 
+from lora_lightning.cli.sweep.compose import own_overrides
 from tests.cli.conftest import ROOT
 
 TRAIN = ROOT / "scripts" / "train.py"
+
+
+def test_only_settings_of_hydra_and_of_the_sweep_are_not_the_jobs_own():
+    ours = OmegaConf.load(ROOT / "lora_lightning" / "conf" / "train.yaml").sweep
+    others = [
+        "hydra.verbose=true",
+        "hydra/launcher=basic",
+        *(f"++sweep.{key}=1" for key in ours),
+        "+sweep.halving.eta=2",
+    ]
+    own = ["sweep.width=3", "+sweeper=a", "~hydrant", "lora.r=8"]  # somebody's app may have a group of this name
+    assert own_overrides([*others, *own]) == tuple(own)
 
 
 @pytest.mark.parametrize(
