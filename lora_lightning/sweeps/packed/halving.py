@@ -25,7 +25,7 @@ class Plan:
     """
 
     eta: int = 2
-    first: float = 0.125
+    first: float = 0.25
 
     @classmethod
     def of(cls, setting: Any) -> Plan | None:
@@ -35,7 +35,7 @@ class Plan:
             LoraConfigError: It is something else.
 
         >>> Plan.of({"eta": 3})
-        Plan(eta=3, first=0.125)
+        Plan(eta=3, first=0.25)
         """
         if setting is None or setting is False:
             return None
@@ -50,14 +50,14 @@ class Plan:
         if not isinstance(plan.eta, int) or plan.eta < 2:
             raise LoraConfigError(f"sweep.halving.eta must be a whole number of at least 2, got {plan.eta!r}")
         if isinstance(plan.first, bool) or not isinstance(plan.first, (int, float)) or not 0 < plan.first < 1:
-            raise LoraConfigError(f"sweep.halving.first must be a share of the steps, as 0.125, got {plan.first!r}")
+            raise LoraConfigError(f"sweep.halving.first must be a share of the steps, as 0.25, got {plan.first!r}")
         return plan
 
     def rungs(self, steps: int) -> list[int]:
         """The optimizer steps at which a run of so many steps is compared with others.
 
         >>> Plan().rungs(40), Plan(eta=3, first=1/9).rungs(90), Plan().rungs(3)
-        ([5, 10, 20], [10, 30], [])
+        ([10, 20], [10, 30], [])
         """
         share, found = Fraction(self.first).limit_denominator(10**6), []
         while share < 1:

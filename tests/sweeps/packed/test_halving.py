@@ -15,9 +15,9 @@ from lora_lightning.sweeps.packed.halving import Board, Place, Plan
     [
         (None, None),
         (False, None),
-        (True, Plan(2, 0.125)),
-        ({"eta": 3}, Plan(3, 0.125)),
-        ({"eta": 4, "first": 0.25}, Plan(4, 0.25)),
+        (True, Plan(2, 0.25)),
+        ({"eta": 3}, Plan(3, 0.25)),
+        ({"eta": 4, "first": 0.125}, Plan(4, 0.125)),
         ({"first": None}, Plan()),
     ],
 )
@@ -32,7 +32,7 @@ def test_what_the_setting_says(setting, plan):
         ({"etta": 3}, r"got 'etta' \(did you mean eta\?\)"),
         ({"eta": 1}, "at least 2, got 1"),
         ({"eta": 2.5}, "a whole number of at least 2, got 2.5"),
-        ({"first": 5}, "a share of the steps, as 0.125, got 5"),
+        ({"first": 5}, "a share of the steps, as 0.25, got 5"),
         ({"first": True}, "a share of the steps"),
     ],
 )
@@ -48,8 +48,8 @@ def test_rungs_lie_within_the_run_and_are_climbed_once_each(steps, eta, first):
     assert all(1 < rung < steps for rung in rungs)
 
 
-@pytest.mark.parametrize(("steps", "rungs"), [(1, []), (2, []), (8, [2, 4]), (30, [3, 7, 15]), (1000, [125, 250, 500])])
-def test_rungs_at_an_eighth_a_quarter_and_a_half(steps, rungs):
+@pytest.mark.parametrize(("steps", "rungs"), [(1, []), (3, []), (8, [2, 4]), (30, [7, 15]), (1000, [250, 500])])
+def test_rungs_at_a_quarter_and_a_half(steps, rungs):
     assert Plan().rungs(steps) == rungs
 
 
