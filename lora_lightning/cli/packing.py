@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import os
 import sys
 import time
 import traceback
@@ -51,6 +52,7 @@ from lora_lightning.tasks.model_config import ModelConfig
 _TASK = "lora_lightning.sweeps.packed.task.PackedCausalLM"
 # Hydra has one configuration at a time, which `${hydra:…}` is read from.
 HYDRA = Global(lambda: HydraConfig.instance().cfg, lambda cfg: setattr(HydraConfig.instance(), "cfg", cfg))
+WORKING_FOLDER = Global(os.getcwd, os.chdir)  # with hydra.job.chdir it is the job's
 
 
 def train_together(group: GroupFile, hear: Callable[[Callable[[int], None]], None]) -> bool:
@@ -83,7 +85,9 @@ def train_together(group: GroupFile, hear: Callable[[Callable[[int], None]], Non
                 else functools.partial(Rungs, plan=plan, among=group.among, metric=group.metric, folder=job.folder)
             )
             run = _Run(hydra, config, shared, rungs)
-            players.append(Player(job.number, run, Context(screen, more=(HYDRA,), **{JOB: str(job.number)})))
+            players.append(
+                Player(job.number, run, Context(screen, more=(HYDRA, WORKING_FOLDER), **{JOB: str(job.number)}))
+            )
         print(f"{len(players)} jobs are trained together on one base, {min(places, len(players))} at once.")
         began = time.monotonic()
         conductor.run(players)
