@@ -19,6 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from lora_lightning import __version__
 from lora_lightning.cli.sweep.command import program
 from lora_lightning.cli.sweep.compose import own_overrides
+from lora_lightning.cli.told import told
+from lora_lightning.errors import LoraConfigError
 from lora_lightning.sweeps import manifest
 from lora_lightning.sweeps.runs import Job
 
@@ -32,7 +34,27 @@ class SweepNoted(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called in the process that begins the sweep."""
         if not config.hydra.launcher._target_.startswith(_OURS):
+            with told():  # anything but a SystemExit is a warning to Hydra, and the sweep would go on
+                refuse_settings(config)
             _begun.append(Path(config.hydra.sweep.dir).resolve())
+
+
+def refuse_settings(config: DictConfig) -> None:
+    """Refuse what the settings ask of a launcher of ours, which another would pass over: a dry run would train.
+
+    Raises:
+        LoraConfigError: With all of it.
+    """
+    usual: dict[str, Any] = {"dry_run": False, "halving": False, "jobs_per_device": 1}
+    usual |= {"devices_per_job": None, "jobs_at_once": None}
+    if not config.hydra.sweeper._target_.startswith(_OURS):  # those end at a failed job by themselves
+        usual["fail_fast"] = False
+    given = {key: value for key, value in (config.get("sweep") or {}).items() if key in usual}
+    if asked := [f"sweep.{key}={str(value).lower()}" for key, value in given.items() if value != usual[key]]:
+        raise LoraConfigError(
+            f"{', '.join(asked)}: only hydra/launcher=lora_local and lora_packed know of that. Take one of these, or "
+            f"leave it out: {config.hydra.launcher._target_} would pass it over"
+        )
 
 
 def enter(job: Job, sweep: Path, cfg: DictConfig, hydra: Any, started: Sequence[str]) -> None:

@@ -31,7 +31,7 @@ from lora_lightning.cli.sweep.command import (
     refuse_ranks,
 )
 from lora_lightning.cli.sweep.compose import Composed, compose_jobs, own_overrides, refuse
-from lora_lightning.cli.sweep.options import Options, refuse_halving
+from lora_lightning.cli.sweep.options import Options, refuse_of_packed
 from lora_lightning.cli.sweep.places import with_devices
 from lora_lightning.cli.sweep.prepare import prepare_all
 from lora_lightning.cli.sweep.watch import SweepTable
@@ -96,7 +96,7 @@ def launch(
         refuse_ranks(os.environ)
         checked = Options.of(options)
         if works is None:
-            refuse_halving(OmegaConf.select(config, "sweep.halving", default=False))
+            refuse_of_packed(OmegaConf.select(config, "sweep.halving"), OmegaConf.select(config, "sweep.jobs_at_once"))
         sweep = Sweep(Path(config.hydra.sweep.dir).resolve(), config, checked, Pool(checked.jobs_per_device))
         try:
             jobs = _jobs(context, sweep, batch, first)

@@ -50,12 +50,17 @@ class Options:
         return cls(**plain)
 
 
-def refuse_halving(halving: Any) -> None:
-    """Refuse successive halving where jobs are processes of their own, which cannot wait for each other.
+def refuse_of_packed(halving: Any, jobs_at_once: Any) -> None:
+    """Refuse what only jobs that share a process can have: those of ``lora_local`` cannot wait for each other.
 
     Raises:
         LoraConfigError: It is asked for.
     """
+    if jobs_at_once is not None:
+        raise LoraConfigError(
+            f"sweep.jobs_at_once={jobs_at_once} is about jobs that train together: add hydra/launcher=lora_packed. "
+            "With this launcher sweep.jobs_per_device says how many share a GPU, or the CPU"
+        )
     if halving:
         raise LoraConfigError(
             f"sweep.halving={halving} compares jobs that are trained side by side: add hydra/launcher=lora_packed. "

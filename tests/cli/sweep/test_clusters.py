@@ -149,6 +149,15 @@ def test_a_job_on_several_machines_would_wait_for_ever_and_is_refused(command, t
     assert "Traceback" not in done.stderr
 
 
+def test_what_another_launcher_would_pass_over_is_refused(command, tmp_path):
+    words = ("-m", "experiment=smoke", "hydra/launcher=basic", "lora.r=2,4", "hydra.sweep.dir=out")
+    ours = ("sweep.dry_run=true", "sweep.fail_fast=true", "sweep.jobs_per_device=2")
+    done = command(TRAIN, *words, *ours, cwd=tmp_path, timeout=60)
+    assert done.returncode == 1
+    assert f"{', '.join(ours)}: only hydra/launcher=lora_local and lora_packed" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_hydras_own_launcher_gets_a_report_too_and_keeps_to_its_sweep(command, tmp_path):
     words = (
         "-m",

@@ -218,3 +218,9 @@ def test_a_failed_sweep_ends_with_status_1_and_no_traceback_but_the_jobs(start):
     assert "no luck today" in told
     assert told.count("Traceback") == 1
     assert told.index("Traceback") < told.index("Report: ")  # the last lines of the job's own log
+
+
+def test_what_only_jobs_of_one_process_can_have(refused):
+    assert "add hydra/launcher=lora_packed. With this launcher sweep.jobs_per_device" in refused(
+        "x=1,2", "+sweep.jobs_at_once=2"
+    )
