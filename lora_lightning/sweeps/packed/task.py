@@ -90,4 +90,5 @@ class _HandedOut(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
-        return None, None, *torch._foreach_mul(gradients, gradient)
+        torch._foreach_mul_(gradients, gradient)  # nobody else has them
+        return None, None, *gradients
