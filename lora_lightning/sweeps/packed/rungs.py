@@ -65,6 +65,8 @@ class Rungs(pl.Callback):
         if not math.isfinite(steps) or steps < 1:
             raise LoraConfigError("sweep.halving needs to know how many steps a job has: set trainer.max_steps")
         self._steps = self._plan.rungs(int(steps))
+        if not self._steps:
+            print(f"sweep.halving: {int(steps)} steps are too few for a rung, so this job goes to its end")
         loop: Any = trainer.fit_loop.epoch_loop
         loop._should_check_val_fx = functools.partial(self._is_due, trainer, loop._should_check_val_fx)
         if len(self._reported) > self._decided:  # it was ended while it waited

@@ -25,14 +25,14 @@ class WithoutRows(Measured):
         return []
 
 
-def fit(folder, *, stays=True, task=Measured, **settings):
+def fit(folder, *, stays=True, task=Measured, max_steps=16, **settings):
     """Fit 16 steps, whose rungs are at 2, 4 and 8; what was handed in, and the trainer."""
     handed = []
 
     def work(player):
-        rungs = Rungs(player, Plan(), "val_loss", folder)
+        rungs = Rungs(player, Plan(first=0.125), "val_loss", folder)
         trainer = Trainer(
-            max_steps=16, accelerator="cpu", callbacks=[rungs], logger=False, enable_checkpointing=False,
+            max_steps=max_steps, accelerator="cpu", callbacks=[rungs], logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder, **settings,
         )  # fmt: skip
         handed.append((trainer, rungs))
@@ -68,3 +68,9 @@ def test_whoever_is_among_the_worse_ends_there(tmp_path):
 def test_without_a_validation_there_is_nothing_to_compare(tmp_path, task, settings):
     with pytest.raises(LoraConfigError, match="this one has none"):
         fit(tmp_path, task=task, **settings)
+
+
+def test_a_run_of_too_few_steps_for_a_rung_says_so(tmp_path, capsys):
+    requests, trainer, _ = fit(tmp_path, max_steps=3)
+    assert (requests, trainer.global_step) == ([], 3)
+    assert "sweep.halving: 3 steps are too few for a rung" in capsys.readouterr().out
