@@ -136,12 +136,18 @@ def _jobs(context: HydraContext, sweep: Sweep, batch: Sequence[Sequence[str]], f
 def _run(sweep: Sweep, jobs: Sequence[Composed], works: Works) -> list[JobReturn]:
     """Run what is not finished yet, leave the report, and gather what all jobs came to."""
     print(f"Sweep folder: {sweep.folder}", flush=True)
+    goes_on = (sweep.folder / manifest.NAME).exists()
     known = manifest.open_sweep(sweep.folder, _manifest(sweep, jobs))
-    _wait_for_earlier([each.job for each in jobs])
-    to_run = _left(jobs, known)
-    pieces = works(sweep, to_run) if to_run else ()
-    if len(pieces) > 1:  # a single process makes what it needs, and nobody waits for it
-        prepare_all([each.config for each in to_run])
+    try:
+        _wait_for_earlier([each.job for each in jobs])
+        to_run = _left(jobs, known)
+        pieces = works(sweep, to_run) if to_run else ()
+        if len(pieces) > 1:  # a single process makes what it needs, and nobody waits for it
+            prepare_all([each.config for each in to_run])
+    except LoraConfigError:
+        if not goes_on:  # nothing was started: the corrected command may have the folder
+            (sweep.folder / manifest.NAME).unlink()
+        raise
     outcomes: Mapping[int, engine.Outcome] = {}
     try:
         if pieces:

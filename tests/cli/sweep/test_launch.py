@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from lora_lightning.cli.sweep import launch
 from lora_lightning.cli.sweep.command import JobFailed
+from lora_lightning.errors import LoraConfigError
 
 
 def attempts(number: int) -> int:
@@ -159,6 +161,20 @@ def test_a_folder_of_another_sweep(multirun, refused):
     told = refused("x=1,3")
     assert "is the folder of another sweep" in told
     assert "x=1,2 is gone, x=1,3 is new" in told
+
+
+def test_a_sweep_of_which_nothing_was_started_leaves_its_folder_to_the_corrected_one(multirun, refused, monkeypatch):
+    def prepare(configs):
+        raise LoraConfigError("no such data")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "prepare_all", prepare)
+        assert "no such data" in refused("x=1,2")
+    assert [job.return_value for job in multirun("x=1,3")] == [2, 6]
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "prepare_all", prepare)
+        refused("x=1,3")
+    assert "is the folder of another sweep" in refused("x=1,2")
 
 
 def test_a_metric_that_no_job_reports(refused):
