@@ -171,6 +171,8 @@ def test_a_sweep_of_which_nothing_was_started_leaves_its_folder_to_the_corrected
         patch.setattr(launch, "prepare_all", prepare)
         assert "no such data" in refused("x=1,2")
     assert [job.return_value for job in multirun("x=1,3")] == [2, 6]
+    for result in Path("out").glob("*/result.json"):
+        result.unlink()
     with monkeypatch.context() as patch:
         patch.setattr(launch, "prepare_all", prepare)
         refused("x=1,3")
