@@ -187,8 +187,8 @@ def test_the_worse_half_stops_at_each_rung_and_waiting_jobs_take_their_places(to
     assert not failed
     results = {number: result(folder) for number, folder in folders.items()}
     assert all(each["status"] == "finished" for each in results.values())
-    assert results[0]["ended_by"] == "halving at step 2, place 4 of 4"
-    assert results[2]["ended_by"] == "halving at step 2, place 3 of 4"
+    assert results[0]["ended_by"] == "halving at step 4, place 4 of 4"
+    assert results[2]["ended_by"] == "halving at step 4, place 3 of 4"
     assert (folders[0] / "adapter" / "adapter_model.safetensors").is_file()
     best = min(results.values(), key=lambda each: each["val_loss"])
     assert best["ended_by"] is None
