@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.config import LoraConfig
+from lora_lightning.errors import LoraConfigError
 from lora_lightning.injection import inject_lora
 from lora_lightning.injection.names import find_root
 from lora_lightning.injection.targets import Target, output_embeddings, resolve
@@ -87,9 +88,13 @@ def needs(
         rows: So many rows has a step of one job.
         moments: Numbers that the optimizer keeps for each number of an adapter: 2 for Adam.
         precision: The Trainer's.
+
+    Raises:
+        LoraConfigError: No job's adapter fits the model. Where one does, those that do not take nothing: their jobs say
+            so themselves when it is their turn.
     """
     root = find_root(shell)[1]
-    targets = [resolve(root, lora, outside=shell).targets for lora in loras]
+    targets, fitting = _resolved(root, loras, shell)
     base = sum(parameter.numel() * parameter.element_size() for parameter in shell.parameters())
     device = next(shell.parameters()).device
     scored = int((row["labels"] != IGNORED).sum())
@@ -98,7 +103,7 @@ def needs(
     labels[..., -1] = row["input_ids"][..., -1]
     batch = {name: value.to(device) for name, value in {**row, "labels": labels}.items()}
     # The widest of them; ranks of single layers count in its stacks.
-    inject_lora(shell, max(loras, key=lambda lora: lora.r), seed=0)
+    inject_lora(shell, max(fitting, key=lambda lora: lora.r), seed=0)
     if precision == "bf16-true":
         shell.to(torch.bfloat16)  # as Lightning does, adapters included
     once, twice = (
@@ -197,6 +202,25 @@ def _left_in_container(cgroup: Path) -> Iterator[int]:
             yield max(0, int(most) - now + files)
 
 
+def _resolved(
+    root: nn.Module, loras: Sequence[LoraConfig], shell: nn.Module
+) -> tuple[list[Sequence[Target]], list[LoraConfig]]:
+    """The layers of each job's adapter, none where it does not fit the model; and the adapters that do."""
+    targets: list[Sequence[Target]] = []
+    fitting: list[LoraConfig] = []
+    wrong: LoraConfigError | None = None
+    for lora in loras:
+        try:
+            targets.append(resolve(root, lora, outside=shell).targets)
+            fitting.append(lora)
+        except LoraConfigError as error:
+            targets.append(())
+            wrong = error
+    if wrong is not None and not fitting:
+        raise wrong
+    return targets, fitting
+
+
 def _adapters(targets: Sequence[Sequence[Target]], moments: int, itemsize: int | None) -> tuple[int, ...]:
     """Bytes of each job's adapter with gradients and moments.
 
@@ -209,7 +233,7 @@ def _adapters(targets: Sequence[Sequence[Target]], moments: int, itemsize: int |
     sides = {target.name: _side_bytes(target.layer, itemsize) for job in targets for target in job}
     stack = sum(rank * sides[name] for name, rank in highest.items())
     own = (sum(target.r * sides[target.name] for target in job) for job in targets)
-    return tuple(2 * stack + (1 + moments) * each for each in own)
+    return tuple(2 * stack + (1 + moments) * each if each else 0 for each in own)
 
 
 def _side_bytes(layer: Any, itemsize: int | None) -> int:

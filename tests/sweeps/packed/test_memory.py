@@ -15,6 +15,7 @@ from benchmarks.measure import MB, peak_of, saved_bytes, tensors_of
 from benchmarks.workers import Worker
 from lora_lightning.config import LoraConfig
 from lora_lightning.data.loaders import Rows
+from lora_lightning.errors import LoraConfigError
 from lora_lightning.injection import inject_lora
 from lora_lightning.strategies.allocator import keep_freed_memory
 from lora_lightning.sweeps.packed import memory
@@ -196,3 +197,12 @@ def test_a_containers_limit_counts(tmp_path):
     assert free_memory(torch.device("cpu"), tmp_path) == 450000
     (tmp_path / "memory.max").write_text("max\n")
     assert free_memory(torch.device("cpu"), tmp_path) == pytest.approx(whole, rel=0.5)
+
+
+def test_a_job_whose_layers_are_not_there_takes_none_and_fails_by_itself_later():
+    base, wrong = model(64, 1, 500), LoraConfig(r=64, target_modules=["q_prj"])
+    found = needs(shell_of(base), [lora(8), wrong, lora(4)], batch(1, 8, 4), rows=1)
+    without = needs(shell_of(base), [lora(8), lora(4)], batch(1, 8, 4), rows=1)
+    assert found.of_adapters(3) == without.of_adapters(2)
+    with pytest.raises(LoraConfigError, match="q_prj"):
+        needs(shell_of(base), [wrong], batch(1, 8, 4), rows=1)
