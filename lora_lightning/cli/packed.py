@@ -43,6 +43,7 @@ class GroupFile:
     Attributes:
         jobs: The jobs.
         places: How many of them train at once; None: as many as fit into memory.
+        shared_by: How many such processes share the memory of the device.
         halving: As ``sweep.halving``.
         metric: What jobs are compared by.
         mode: ``min`` or ``max``.
@@ -52,6 +53,7 @@ class GroupFile:
 
     jobs: tuple[Packed, ...]
     places: int | None = None
+    shared_by: int = 1
     halving: Any = False
     metric: str | None = None
     mode: str = "min"

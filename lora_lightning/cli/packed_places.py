@@ -16,13 +16,16 @@ from lora_lightning.sweeps.packed.packable import precision_of
 from lora_lightning.sweeps.packed.shell import shell_of
 
 
-def places_for(configs: Sequence[DictConfig], network: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+def places_for(
+    configs: Sequence[DictConfig], network: nn.Module, tokenizer: PreTrainedTokenizerBase, shared_by: int = 1
+) -> int:
     """As many as fit into memory, by what a step of one of them takes.
 
     Args:
         configs: Of all jobs of the group.
         network: Their base, where and as they train it.
         tokenizer: Its tokenizer.
+        shared_by: How many processes share the memory; each takes its part.
     """
     config = configs[0]
     data = make_data(config, tokenizer, keep=True)
@@ -35,7 +38,7 @@ def places_for(configs: Sequence[DictConfig], network: nn.Module, tokenizer: Pre
         moments=max(memory.moments_of(None if each.optimizer is None else _plain(each.optimizer)) for each in configs),
         precision=precision_of(_plain(config.trainer)),
     )
-    free = memory.free_memory(next(network.parameters()).device)
+    free = memory.free_memory(next(network.parameters()).device) // shared_by
     places = memory.places(needs, free)
     print(memory.told(needs, places, free), flush=True)
     return places

@@ -71,7 +71,7 @@ def train_together(group: GroupFile, hear: Callable[[Callable[[int], None]], Non
     configs = compose([job.arguments for job in group.jobs])
     shared = Shared(configs[0][1])
     board = None if plan is None else Board(plan.eta, group.mode, _earlier(group))
-    places = group.places or shared.places([config for _, config in configs])
+    places = group.places or shared.places([config for _, config in configs], group.shared_by)
     conductor = Conductor(PackedModel(shared.network), places=places, board=board, why_alone=why_not_packed)
     hear(conductor.stop)
     with ExitStack() as screens:
@@ -133,10 +133,10 @@ class Shared:
         strategy = make_trainer(settings, [], []).strategy
         self.network: nn.Module = strategy.precision_plugin.convert_module(network).to(strategy.root_device)
 
-    def places(self, configs: Sequence[DictConfig]) -> int:
-        """How many jobs train at once."""
+    def places(self, configs: Sequence[DictConfig], shared_by: int) -> int:
+        """How many jobs train at once, where so many processes share the memory."""
         settings = [_of_no_job(config) for config in configs]
-        return places_for(settings, self.network, self._tokenizer(settings[0]))
+        return places_for(settings, self.network, self._tokenizer(settings[0]), shared_by)
 
     def parts(self, cfg: DictConfig, player: Player, callbacks: Sequence[Callback]) -> Parts:
         """The task and the data of one job."""

@@ -69,6 +69,7 @@ def _work(sweep: local.Sweep, jobs: Sequence[Composed], among: str) -> Work:
     file = GroupFile(
         jobs=tuple(_packed(each, sweep.folder) for each in jobs),
         places=options.jobs_at_once,
+        shared_by=options.jobs_per_device,
         halving=options.halving,
         metric=options.metric,
         mode=options.mode,

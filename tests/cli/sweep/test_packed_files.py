@@ -23,7 +23,9 @@ def written(tmp_path, monkeypatch):
     script.touch()
     monkeypatch.setattr("sys.argv", [str(script), "-m", "seed=1,2,3"])
     jobs = [Job(number, (f"seed={number + 1}",), tmp_path / "sweep" / str(number)) for number in range(3)]
-    sweep = SimpleNamespace(folder=tmp_path / "sweep", options=Options(halving=True, metric="val_loss"))
+    sweep = SimpleNamespace(
+        folder=tmp_path / "sweep", options=Options(halving=True, metric="val_loss", jobs_per_device=2)
+    )
     sweep.folder.mkdir()
     known = entries(jobs, sweep.folder)
     Manifest("s", (), "train.py", "train", (), "val_loss", "min", "", "", 0.0, "0", tuple(known)).write(sweep.folder)
@@ -36,6 +38,10 @@ def test_a_job_has_the_number_and_the_sweep_that_it_has_by_itself(written):
     file, jobs, folder, _ = written
     for one, job in zip(file.jobs, jobs, strict=False):
         assert {*job.overrides, *place_of(job, folder)} <= {*one.arguments}
+
+
+def test_processes_on_one_device_share_its_memory(written):
+    assert written[0].shared_by == 2
 
 
 def test_what_jobs_have_reported_at_rungs_before_counts_for_those_that_go_on_too(written):
