@@ -64,18 +64,20 @@ def prepare(cfg: DictConfig) -> None:
     seed_everything(cfg.seed, workers=True, verbose=False)
 
 
-def make_parts(cfg: DictConfig, **more: Any) -> Parts:
+def make_parts(cfg: DictConfig, *, of_data: PreTrainedTokenizerBase | None = None, **more: Any) -> Parts:
     """Load the tokenizer and the model, and make the data module that shares the tokenizer.
 
     Args:
         cfg: The composed configuration.
+        of_data: The tokenizer of the data, where it is loaded already.
         **more: What else the task takes.
 
     Raises:
         LoraConfigError: Anything about them that the configuration has wrong.
     """
     model = ModelConfig.of(OmegaConf.to_container(cfg.model, resolve=True))  # type: ignore[arg-type]  # a group is a dict
-    data = make_data(cfg, load_tokenizer(model), keep=current_sweep() is not None)
+    tokenizer = load_tokenizer(model) if of_data is None else of_data
+    data = make_data(cfg, tokenizer, keep=current_sweep() is not None)
     live: dict[str, Any] = {
         "model": model,
         "optimizer": None if cfg.optimizer is None else partial_of(cfg.optimizer),

@@ -128,7 +128,7 @@ class Shared:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         model = ModelConfig.of(OmegaConf.to_container(settings.model, resolve=True))  # type: ignore[arg-type]  # a dict
-        self._tokenizers: dict[str, PreTrainedTokenizerBase] = {}
+        self._tokenizers: dict[tuple[str, str], PreTrainedTokenizerBase] = {}
         network = load_model(replace(model, in_parts=False), "causal_lm")
         strategy = make_trainer(settings, [], []).strategy
         self.network: nn.Module = strategy.precision_plugin.convert_module(network).to(strategy.root_device)
@@ -136,20 +136,25 @@ class Shared:
     def places(self, configs: Sequence[DictConfig], shared_by: int) -> int:
         """How many jobs train at once, where so many processes share the memory."""
         settings = [_of_no_job(config) for config in configs]
-        return places_for(settings, self.network, self._tokenizer(settings[0]), shared_by)
+        return places_for(settings, self.network, self._tokenizer(settings[0], "data"), shared_by)
 
     def parts(self, cfg: DictConfig, player: Player, callbacks: Sequence[Callback]) -> Parts:
         """The task and the data of one job."""
         own = cfg.copy()
         own.task._target_ = _TASK
         return make_parts(
-            own, network=shell_of(self.network), tokenizer=self._tokenizer(cfg), player=player, callbacks=callbacks
+            own,
+            of_data=self._tokenizer(cfg, "data"),
+            network=shell_of(self.network),
+            tokenizer=self._tokenizer(cfg, "task"),
+            player=player,
+            callbacks=callbacks,
         )
 
-    def _tokenizer(self, cfg: DictConfig) -> PreTrainedTokenizerBase:
-        """That of the task, which only reads it; jobs may differ in the chat template."""
+    def _tokenizer(self, cfg: DictConfig, of: str) -> PreTrainedTokenizerBase:
+        """That of the tasks, which only read it, or of the data, all of which make the same of it."""
         model = ModelConfig.of(OmegaConf.to_container(cfg.model, resolve=True))  # type: ignore[arg-type]  # a dict
-        if (key := repr(model)) not in self._tokenizers:
+        if (key := (repr(model), of)) not in self._tokenizers:  # jobs may differ in the chat template
             self._tokenizers[key] = load_tokenizer(model)
         return self._tokenizers[key]
 

@@ -123,7 +123,8 @@ def run(
 class _Running:
     process: Process
     slot: Slot
-    before: dict[int, tuple[tuple[int, int, int] | None, int]]  # of each job: what told its earlier result, and how long its log was
+    # Of each job: what told its earlier result, and how long its log was.
+    before: dict[int, tuple[tuple[int, int, int] | None, int]]
     since: float = field(default_factory=time.monotonic)
     looked: float = 0.0
 
