@@ -84,6 +84,7 @@ def main() -> None:
     Ends with status 0 where all have finished, with 1 where one has failed, and with 128 + its number after a signal.
     """
     os.environ.setdefault("WANDB_REINIT", "create_new")  # a W&B run of its own for each job, all open at once
+    os.environ.setdefault("WANDB_CONSOLE", "off")  # which would hear all of them; each has its job.log
     route()  # before Lightning is imported, whose messages go to the streams that it finds
     from lora_lightning.cli.packing import train_together
     from lora_lightning.cli.told import told

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import secrets
+import sys
 from pathlib import Path
 
+from lora_lightning.errors import LoraConfigError
 from lora_lightning.sweeps.report.best import keep_best
 from lora_lightning.sweeps.report.collect import Sweep, check_metric, collect
 from lora_lightning.sweeps.report.tables import as_csv, as_markdown, as_table
@@ -29,8 +31,8 @@ def write_report(folder: Path, *, metric: str | None = None, mode: str | None = 
         The path of ``sweep.md``.
 
     Raises:
-        LoraConfigError: It is no folder of a sweep, no finished job reports the metric (``sweep.csv`` is written
-            then), or ``best/`` is somebody's own (all else is written then).
+        LoraConfigError: It is no folder of a sweep, or no finished job reports the metric (``sweep.csv`` is written
+            then). That ``best/`` is somebody's own is only told: a search goes on, and all else is written.
     """
     from lora_lightning.sweeps.report.plots import draw_all  # matplotlib
 
@@ -39,7 +41,10 @@ def write_report(folder: Path, *, metric: str | None = None, mode: str | None = 
     check_metric(sweep)
     report = sweep.folder / MARKDOWN
     _write(report, as_markdown(sweep, draw_all(sweep)))
-    keep_best(sweep)
+    try:
+        keep_best(sweep)
+    except LoraConfigError as error:
+        print(error, file=sys.stderr)
     return report
 
 

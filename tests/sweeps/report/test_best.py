@@ -4,7 +4,7 @@ import shutil
 import pytest
 
 from lora_lightning.errors import LoraConfigError
-from lora_lightning.sweeps.report import best
+from lora_lightning.sweeps.report import best, write_report
 from lora_lightning.sweeps.report.best import keep_best
 from lora_lightning.sweeps.report.collect import collect
 from tests.sweeps.report.folders import believable, write_sweep
@@ -115,3 +115,11 @@ def test_the_command_of_somebodys_own_script(tmp_path, command, flags):
 def test_the_command_of_a_module(tmp_path):
     sweep = collect(write_sweep(tmp_path, [believable(["lora.r=4"])], script="lora_lightning.cli.train"))
     assert best.command_of(sweep, sweep.rows[0]).startswith("python -m lora_lightning.cli.train ")
+
+
+def test_a_report_is_written_beside_somebodys_best(folder, capsys):
+    (folder / "best").mkdir()
+    (folder / "best" / "mine.txt").write_text("mine")
+    assert write_report(folder).is_file()
+    assert "Move it away" in capsys.readouterr().err
+    assert [path.name for path in (folder / "best").iterdir()] == ["mine.txt"]
