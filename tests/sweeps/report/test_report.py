@@ -41,14 +41,6 @@ def test_a_metric_that_nobody_reports_leaves_the_csv(tmp_path):
     assert not (folder / "sweep.md").exists()
 
 
-def test_somebodys_best_leaves_all_else(tmp_path):
-    folder = write_sweep(tmp_path, [believable([f"lora.r={r}"]) for r in (4, 8)])
-    (folder / "best").mkdir()
-    with pytest.raises(LoraConfigError, match="best"):
-        write_report(folder)
-    assert (folder / "sweep.md").is_file()
-
-
 def test_a_sweep_that_has_hardly_begun(tmp_path):
     folder = write_sweep(tmp_path, [{"overrides": [f"lora.r={r}"]} for r in (4, 8)])
     assert "2 jobs: 2 not started. 2 are missing here" in write_report(folder).read_text()
