@@ -127,7 +127,7 @@ def _told(seconds: float | None) -> str:
     """A time in words.
 
     >>> _told(42.3), _told(600), _told(7300), _told(None)
-    ('42 s', '10 min', '2 h 1 min', '?')
+    ('42 s', '10 min', '2 h 2 min', '?')
     """
     if seconds is None:
         return "?"
