@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_lightning.sweeps.packed.output import route
+from lora_lightning.sweeps.runs import write_whole
 
 FORMAT = 1
 
@@ -62,11 +63,8 @@ class GroupFile:
 
     def write(self, path: Path) -> Path:
         """Write it, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         content = {"format": FORMAT} | vars(self) | {"jobs": [vars(job) for job in self.jobs]}
-        beside = path.with_suffix(".tmp")
-        beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        return beside.replace(path)
+        return write_whole(path, json.dumps(content, indent=1) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> GroupFile:

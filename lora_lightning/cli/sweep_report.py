@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from lora_lightning.cli.told import told
-from lora_lightning.sweeps.report import as_table, collect, write_report
+from lora_lightning.sweeps.report import as_table, collect, write
 
 
 def main(arguments: Sequence[str] | None = None, command: str | None = None) -> None:
@@ -48,8 +48,9 @@ def report(folder: Path, *, metric: str | None = None, mode: str | None = None, 
         LoraConfigError: As `write_report` does.
     """
     console = console or Console()
-    path = write_report(folder, metric=metric, mode=mode)
-    console.print(as_table(collect(folder, metric=metric, mode=mode)))
+    sweep = collect(folder, metric=metric, mode=mode)
+    path = write(sweep)
+    console.print(as_table(sweep))
     console.print(f"Report: {path}", soft_wrap=True)
     return path
 

@@ -13,10 +13,10 @@ from typing import Any
 
 from lora_lightning.errors import LoraConfigError
 from lora_lightning.sweeps.locks import holder, lock
-from lora_lightning.sweeps.runs import Job, read_json
+from lora_lightning.sweeps.runs import Job, read_json, write_whole
 
 NAME = "sweep.json"
-LOCK = ".sweep.lock"
+LOCK = ".{}.lock"
 FORMAT = 1
 # What makes it this sweep and no other. Where its jobs run may change when it goes on, and the command's wording too.
 _IDENTITY = {
@@ -102,16 +102,8 @@ class Manifest:
 
     def write(self, folder: Path) -> Path:
         """Leave it in the sweep's folder: the whole of it, or what was there before."""
-        folder.mkdir(parents=True, exist_ok=True)
-        path, aside = folder / NAME, folder / f".{NAME}.{os.getpid()}"
-        try:
-            aside.write_text(
-                json.dumps({"format": FORMAT} | asdict(self), indent=1, ensure_ascii=False) + "\n", "utf-8"
-            )
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
-        return path
+        content = json.dumps({"format": FORMAT} | asdict(self), indent=1, ensure_ascii=False)
+        return write_whole(folder / NAME, content + "\n")
 
 
 def entries(jobs: Sequence[Job], sweep: Path, before: Sequence[Entry] = ()) -> list[Entry]:
@@ -197,18 +189,22 @@ def differences(old: Manifest, new: Manifest) -> list[str]:
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Hold a sweep's folder, so that no second process runs the same sweep.
+def alone_in(folder: Path, what: str = "sweep") -> Iterator[None]:
+    """Hold a folder, so that no second process runs the same sweep.
+
+    Args:
+        folder: The sweep's; made if need be.
+        what: What is held: the ``sweep``, or the ``search`` that launches one batch of it after the other.
 
     Raises:
         LoraConfigError: Another process holds it; with which one.
     """
-    me = f"process {os.getpid()} on {socket.gethostname()}"
-    descriptor = lock(folder / LOCK, me)
+    path = folder / LOCK.format(what)
+    descriptor = lock(path, f"process {os.getpid()} on {socket.gethostname()}")
     if descriptor is None:
         raise LoraConfigError(
-            f"{folder}: this sweep is being run by {holder(folder / LOCK) or 'another process'} at this moment. "
-            "Wait until it has ended, or end it; started again, a sweep goes on where it was"
+            f"{folder}: this {what} is being run by {holder(path) or 'another process'} at this moment. "
+            f"Wait until it has ended, or end it; started again, a {what} goes on where it was"
         )
     try:
         yield

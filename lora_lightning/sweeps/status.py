@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lora_lightning.sweeps.runs import PROGRESS
+from lora_lightning.sweeps.runs import PROGRESS, write_whole
 
 
 class StatusFile(Callback):
@@ -78,11 +78,8 @@ class StatusFile(Callback):
         if not trainer.is_global_zero:
             return {}
         status = self._status(trainer)
-        aside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            aside.write_text(json.dumps(status) + "\n", encoding="utf-8")
-            os.replace(aside, self.path)
+            write_whole(self.path, json.dumps(status) + "\n")
         except OSError as error:
             if not self._warned:
                 rank_zero_warn(f"how far this job is cannot be told: {self.path} cannot be written ({error})")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_lightning.errors import LoraConfigError, did_you_mean
-from lora_lightning.sweeps.runs import read_json
+from lora_lightning.sweeps.runs import read_json, write_whole
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -57,8 +57,7 @@ class Note:
 
     def write(self, folder: Path) -> None:
         """Leave it in a job's folder."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / NOTE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        write_whole(folder / NOTE, json.dumps(asdict(self), indent=1) + "\n")
 
     @staticmethod
     def remove(folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,12 @@ from typing import Any
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
+from lora_lightning.cli.sweep.compose import configured, job_folder
 from lora_lightning.errors import LoraConfigError
-from lora_lightning.sweeps.locks import holder, lock
+from lora_lightning.sweeps.manifest import LOCK, alone_in
 
-LOCK = ".search.lock"
 RESULTS = "optimization_results.yaml"
 
 
@@ -46,19 +45,12 @@ class SearchRun:
         Raises:
             LoraConfigError: Another process holds it.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        descriptor = lock(self.folder / LOCK, f"process {os.getpid()}")
-        if descriptor is None:
-            who = holder(self.folder / LOCK) or "another process"
-            raise LoraConfigError(
-                f"{self.folder}: this search is being run by {who} at this moment. Wait until it ends"
-            )
-        try:
-            OmegaConf.save(self._config, self.folder / "multirun.yaml")
-            yield
-        finally:
-            os.close(descriptor)
-            self._tidy()
+        with alone_in(self.folder, "search"):
+            try:
+                OmegaConf.save(self._config, self.folder / "multirun.yaml")
+                yield
+            finally:
+                self._tidy()
 
     def check_direction(self, better: str) -> None:
         """See that the sweep's report will call the same jobs the best ones.
@@ -100,16 +92,11 @@ class SearchRun:
 
     def composed(self, number: int, overrides: Sequence[str]) -> DictConfig:
         """The configuration of a job, as its launcher composes it."""
-        config = self.loader.load_sweep_config(self._config, list(overrides))
-        with open_dict(config):
-            config.hydra.job.num = number
-            config.hydra.job.id = str(number)
-        return config
+        return configured(self.loader, self._config, overrides, number)
 
     def folder_of(self, number: int, overrides: Sequence[str]) -> Path:
         """Where a job leaves everything; absolute."""
-        config = self.composed(number, overrides)
-        return Path(config.hydra.sweep.dir).absolute() / config.hydra.sweep.subdir
+        return job_folder(self.composed(number, overrides))
 
     def leave_results(self, **results: Any) -> None:
         """Write what was best, as the sweepers of Hydra do."""
@@ -117,7 +104,7 @@ class SearchRun:
 
     def _tidy(self) -> None:
         """Leave no folder of a search of which nothing has run: it was refused, or only to be listed."""
-        ours = {LOCK, "multirun.yaml"}
+        ours = {LOCK.format("search"), "multirun.yaml"}
         if self.folder.is_dir() and {each.name for each in self.folder.iterdir()} <= ours:
             for name in ours:
                 (self.folder / name).unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import setup_globals
 from hydra.errors import HydraException
@@ -150,13 +151,24 @@ def is_ours(config: DictConfig) -> bool:
     return any(f"{each.schema}://{each.path}" == CONFIGS for each in sources if each.provider == "main")
 
 
-def _compose(context: HydraContext, sweep: DictConfig, overrides: tuple[str, ...], number: int) -> Composed:
-    config = context.config_loader.load_sweep_config(sweep, list(overrides))
+def configured(loader: ConfigLoader, sweep: DictConfig, overrides: Sequence[str], number: int) -> DictConfig:
+    """The configuration of a job, as Hydra makes it, with the job's number."""
+    config = loader.load_sweep_config(sweep, list(overrides))
     with read_write(config), open_dict(config):
         config.hydra.job.id = str(number)
         config.hydra.job.num = number
+    return config
+
+
+def job_folder(config: DictConfig) -> Path:
+    """Where the job of a configuration leaves everything; absolute."""
+    return Path(os.path.abspath(Path(config.hydra.sweep.dir) / str(config.hydra.sweep.subdir)))
+
+
+def _compose(context: HydraContext, sweep: DictConfig, overrides: tuple[str, ...], number: int) -> Composed:
+    config = configured(context.config_loader, sweep, overrides, number)
     with hydra_config(config):
-        folder = Path(os.path.abspath(Path(config.hydra.sweep.dir) / str(config.hydra.sweep.subdir)))
+        folder = job_folder(config)
         with read_write(config.hydra.runtime), open_dict(config.hydra.runtime):
             config.hydra.runtime.output_dir = str(folder)
     with hydra_config(config):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import sys
 from pathlib import Path
 
@@ -10,8 +9,9 @@ from lora_lightning.errors import LoraConfigError
 from lora_lightning.sweeps.report.best import keep_best
 from lora_lightning.sweeps.report.collect import Sweep, check_metric, collect
 from lora_lightning.sweeps.report.tables import as_csv, as_markdown, as_table
+from lora_lightning.sweeps.runs import write_whole
 
-__all__ = ["Sweep", "as_table", "collect", "write_report"]
+__all__ = ["Sweep", "as_table", "collect", "write", "write_report"]
 
 CSV, MARKDOWN = "sweep.csv", "sweep.md"
 
@@ -34,25 +34,19 @@ def write_report(folder: Path, *, metric: str | None = None, mode: str | None = 
         LoraConfigError: It is no folder of a sweep, or no finished job reports the metric (``sweep.csv`` is written
             then). That ``best/`` is somebody's own is only told: a search goes on, and all else is written.
     """
+    return write(collect(folder, metric=metric, mode=mode))
+
+
+def write(sweep: Sweep) -> Path:
+    """The same for a sweep that has been read."""
     from lora_lightning.sweeps.report.plots import draw_all  # matplotlib
 
-    sweep = collect(folder, metric=metric, mode=mode)
-    _write(sweep.folder / CSV, as_csv(sweep))
+    write_whole(sweep.folder / CSV, as_csv(sweep))
     check_metric(sweep)
     report = sweep.folder / MARKDOWN
-    _write(report, as_markdown(sweep, draw_all(sweep)))
+    write_whole(report, as_markdown(sweep, draw_all(sweep)))
     try:
         keep_best(sweep)
     except LoraConfigError as error:
         print(error, file=sys.stderr)
     return report
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a text whole or not at all."""
-    aside = path.with_name(f".{path.name}-{secrets.token_hex(4)}.tmp")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)

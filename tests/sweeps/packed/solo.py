@@ -10,24 +10,36 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_lightning import LoraConfig, inject_lora
+from lora_lightning.sweeps.packed.model import PackedModel
 from lora_lightning.sweeps.packed.shell import shell_of
 from lora_lightning.tasks.loss import IGNORED, causal_lm_loss
 
 VOCABULARY = 64
 ALL = "all-linear"
+MIXED = [
+    {"r": 4, "lora_alpha": 8, "lora_dropout": 0.05},
+    {"r": 8, "use_rslora": True, "lora_dropout": 0.3},
+    {"r": 2, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.1},
+    {"r": 3, "rank_pattern": {"up_proj": 5}, "alpha_pattern": {"o_proj": 1}},
+    {"r": 1, "target_modules": ["gate_proj", "k_proj"], "lora_dropout": 0.5},
+]
+"""Settings of jobs that differ in all that may."""
+
+
+SIDES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+"""Of a tiny model of any architecture."""
 
 
 def tiny_llama(dtype=torch.float64, **settings):
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        **settings,
-    )
+    config = LlamaConfig(**SIDES, **settings)
     model = LlamaForCausalLM(config).to(dtype).train()
     return _exact(model) if dtype == torch.float64 else model
 
@@ -100,3 +112,26 @@ def by_name(model, gradients):
     """Gradients of a packed loss by the names of the parameters."""
     names = {id(p): name for name, p in model.named_parameters()}
     return {names[id(p)]: grad for p, grad in gradients}
+
+
+def seated(configs, base=None):
+    base = tiny_llama() if base is None else base
+    twins, packed = Twins(base, configs), PackedModel(base)
+    packed.seat(twins.shells)
+    return twins, packed
+
+
+def compare(twins, packed, batches, tolerance=1e-10):
+    found = packed.losses(batches, train=True, drawing=twins.drawing)
+    assert found.keys() == batches.keys()
+    for slot, loss in found.items():
+        total, terms, grads = twins.alone(slot, batches[slot])
+        torch.testing.assert_close(loss.total, total, rtol=tolerance, atol=tolerance)
+        assert loss.terms.dtype == torch.int64
+        assert int(loss.terms) == int(terms)
+        mine = by_name(twins.shells[slot], loss.gradients)
+        assert mine.keys() == grads.keys()
+        for name, grad in mine.items():
+            torch.testing.assert_close(grad, grads[name], rtol=tolerance, atol=tolerance)
+        assert torch.equal(twins.states[slot], twins.packed_states[slot])
+        assert not loss.total.requires_grad
