@@ -10,15 +10,15 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lora_lightning.adapters import load_adapter
-from lora_lightning.adapters.checkpoint import adapter_from_checkpoint, checkpoint_entry, facts_of
+from lora_lightning.adapters.checkpoint import checkpoint_entry
 from lora_lightning.adapters.files import check_writable
-from lora_lightning.adapters.folder import chain_of, check_finite, write_folder
+from lora_lightning.adapters.folder import chain_of, check_finite
 from lora_lightning.adapters.written import first_process_writes
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import LoraConfigError
@@ -46,7 +46,7 @@ from lora_lightning.strategies.checks import check_first_step, check_trainer, gu
 from lora_lightning.strategies.chosen import config_for, fold_in_first, target_of
 from lora_lightning.strategies.nonfinite import NonFiniteError
 from lora_lightning.strategies.position import attach_position, resume_position
-from lora_lightning.strategies.products import free_place, local_folder, save_tokenizer
+from lora_lightning.strategies.products import local_folder, write_adapter, write_best
 from lora_lightning.strategies.replaced import check_there, convert_first, keep_marks
 from lora_lightning.strategies.unfreezing import count_held, freeze_again
 from lora_lightning.strategies.window import is_full
@@ -301,24 +301,15 @@ class LoraCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, folder: str, state: dict[str, Tensor]
     ) -> None:
         place = self._write_adapter(trainer, pl_module, folder, state)
-        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-        if best and not Path(best).exists():
-            rank_zero_warn(f"the best checkpoint, {best}, is no local file: its adapter is not written beside it")
-        elif best:
-            suffix = "" if self.name == "default" else f"-{self.name}"
-            beside = free_place(Path(best).with_name(f"{Path(best).stem}-adapter{suffix}"))
-            self.best_adapter_path = adapter_from_checkpoint(best, beside, name=self.name)
-            save_tokenizer(trainer, pl_module, beside)
+        self.best_adapter_path = write_best(trainer, pl_module, self.name)
         rank_zero_info(f"LoRA adapter saved to {place}")
 
     def _write_adapter(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, folder: str, state: dict[str, Tensor]
     ) -> Path:
-        place = local_folder(folder) / "adapter"
-        place = free_place(place if self.name == "default" else place / self.name)
-        self.adapter_path = write_folder(facts_of(self.checkpoint_entry(pl_module)), state, place)
-        save_tokenizer(trainer, pl_module, place)
-        return place
+        entry = self.checkpoint_entry(pl_module)
+        self.adapter_path = write_adapter(trainer, pl_module, folder, self.name, entry, state)
+        return self.adapter_path
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Give hooks and callbacks back what is theirs."""

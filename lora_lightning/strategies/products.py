@@ -1,17 +1,64 @@
-"""What a run leaves beside an adapter's own files, and where there is room for it."""
+"""The adapter folders that a fit leaves, and where there is room for them."""
 
 from __future__ import annotations
 
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
-from lora_lightning.adapters.folder import WEIGHTS_FILE
+from lora_lightning.adapters.checkpoint import adapter_from_checkpoint, facts_of
+from lora_lightning.adapters.folder import WEIGHTS_FILE, write_folder
 from lora_lightning.errors import AdapterError
+
+
+def write_adapter(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    folder: str,
+    name: str,
+    entry: dict[str, Any],
+    state: dict[str, Tensor],
+) -> Path:
+    """Write the adapter as it is now.
+
+    Args:
+        trainer: Of the fit.
+        pl_module: Whose tokenizer goes with it.
+        folder: Of the run; the adapter goes to ``adapter`` in it, one with a name of its own below that.
+        name: The adapter's.
+        entry: What a checkpoint says of it.
+        state: Its tensors, whole.
+
+    Returns:
+        Its folder.
+    """
+    place = local_folder(folder) / "adapter"
+    place = free_place(place if name == "default" else place / name)
+    written = write_folder(facts_of(entry), state, place)
+    save_tokenizer(trainer, pl_module, place)
+    return written
+
+
+def write_best(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> Path | None:
+    """Write the adapter of the best checkpoint beside it; None where there is none, or none on this machine."""
+    best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    if not best:
+        return None
+    if not Path(best).exists():
+        rank_zero_warn(f"the best checkpoint, {best}, is no local file: its adapter is not written beside it")
+        return None
+    suffix = "" if name == "default" else f"-{name}"
+    beside = free_place(Path(best).with_name(f"{Path(best).stem}-adapter{suffix}"))
+    written = adapter_from_checkpoint(best, beside, name=name)
+    save_tokenizer(trainer, pl_module, beside)
+    return written
 
 
 def local_folder(folder: str) -> Path:

@@ -145,7 +145,6 @@ class _Run:
         self.running: list[_Running] = []
         self.outcomes: dict[int, Outcome] = {}
         self.stopped: str | None = None  # why no more are started
-        self.held: dict[int, float] = {}  # since when work waits for a process of an earlier sweep
 
     def __call__(self) -> dict[int, Outcome]:
         with _Signals() as signals:
@@ -182,29 +181,18 @@ class _Run:
     def _started(self, work: Work, slot: Slot) -> bool:
         before = {job.number: (_stamp(job), _size(job.log)) for job in work.jobs}
         environment = {**self.environment, **slot.environment(self.environment)}
+        self.waiting.remove(work)
         try:
             process = Process(work, environment, self.patience)
         except HeldError as error:
-            self._wait_for_earlier(work, error)
+            self._drop(work, "failed", str(error))
             return False
         except OSError as error:
-            self.waiting.remove(work)
             self._drop(work, "failed", f"could not be started: {error}")
             return False
-        self.waiting.remove(work)
         self.running.append(_Running(process, slot, before))
         self.watch.started(work, slot)
         return True
-
-    def _wait_for_earlier(self, work: Work, error: HeldError) -> None:
-        """One that was told to end by the end of its sweep is saving; another one has no end that we know of."""
-        now = time.monotonic()
-        if id(work) not in self.held:
-            self.held[id(work)] = now
-            self.watch.told(f"Waiting: {error}")
-        elif now - self.held[id(work)] > 2 * self.patience:
-            self.waiting.remove(work)
-            self._drop(work, "failed", str(error))
 
     # ---- ending
 

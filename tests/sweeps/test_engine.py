@@ -176,33 +176,10 @@ def test_jobs_that_share_a_process_end_one_by_one(make_work, environment, cpu, t
     assert outcomes[2].lines == ("the end of all",)
 
 
-def test_a_job_of_a_killed_sweep_is_waited_for(make_work, environment, cpu):
-    earlier = make_work(0, "while not (folder.parent / 'told').exists(): time.sleep(0.01)")
-    work = make_work(1, "leave()")
-    work = replace(
-        work,
-        jobs=(replace(work.jobs[0], folder=earlier.jobs[0].folder),),
-        command=(*work.command[:-2], str(earlier.jobs[0].folder), "n=1"),
-    )
-    held = Process(earlier, environment)
-
-    class LetGo(Events):
-        def told(self, message):
-            super().told(message)
-            (earlier.jobs[0].folder.parent / "told").touch()
-
-    watch = LetGo()
-    (outcome,) = run([work], cpu, watch=watch, environment=environment).values()
-    assert held.wait(5) == 0
-    assert outcome.state == "finished"
-    assert [event[0] for event in watch.seen] == ["begin", "told", "started", "ended", "end"]
-    assert f"process {held.pid}" in watch.seen[1][1]
-
-
-def test_one_that_does_not_end_is_named(make_work, environment, cpu):
+def test_a_process_of_an_earlier_sweep_is_named(make_work, environment, cpu):
     earlier = make_work(0, WAITING)
     held = Process(earlier, environment)
-    (outcome,) = run([earlier], cpu, environment=environment, patience=0.1).values()
+    (outcome,) = run([earlier], cpu, environment=environment).values()
     assert outcome.state == "failed"
     assert f"process {held.pid} of an earlier sweep still runs in" in outcome.reason
     held.kill()
