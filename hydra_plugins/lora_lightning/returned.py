@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,6 @@ from typing import Any
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
-
-_RANKS = ("LOCAL_RANK", "RANK", "GLOBAL_RANK", "NODE_RANK")
 
 
 class ReturnedValue(Callback):
@@ -30,7 +27,11 @@ class ReturnedValue(Callback):
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Write what is missing. The other processes of a job were started into the same folder and leave it alone."""
-        if any(os.environ.get(name, "0") != "0" for name in _RANKS):
+        # Here, since this module is imported by each Hydra app on the machine.
+        from lora_lightning.cli.run_folder import is_first_process
+        from lora_lightning.sweeps.runs import write_whole
+
+        if not is_first_process():
             return
         path = _result(config)
         untouched = _changed_at(path) == self._before
@@ -49,9 +50,7 @@ class ReturnedValue(Callback):
             ours[metric] = ours["value"]  # by custom this setting names what is returned
         content = left | ours if untouched else ours | left
         if content != left:
-            beside = path.with_suffix(".json.tmp")
-            beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            beside.replace(path)
+            write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def _result(config: DictConfig) -> Path:
