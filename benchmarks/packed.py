@@ -120,9 +120,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     jobs = min(args.jobs, 4) if args.tiny else args.jobs
     with _folder(args.keep) as folder:
         found = {rows: measure(rows, cases, jobs, folder / rows) for rows in sizes}
-    results = merged(found, machine() | {"threads": len(os.sched_getaffinity(0))})
-    print(page.table(results))
+    about = machine() | {"threads": len(os.sched_getaffinity(0))}
+    print(page.table({"machine": about, "rows": found}))
     if args.write:
+        results = merged(found, about)
         RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         page.write()
     return 0
