@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from types import MethodType
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -48,6 +49,7 @@ def _has_head(thing: object) -> bool:
     return callable(getattr(thing, "get_output_embeddings", None))
 
 
+@partial(torch.compiler.disable, recursive=False)  # the model is compiled, not what is remembered of models
 def run_model(
     model: nn.Module,
     inputs: Mapping[str, Any],
@@ -114,6 +116,7 @@ class _HeadCall:
         self.node: Any = None  # where it enters the graph
         self.failure: Exception | None = None
 
+    @partial(torch.compiler.disable, recursive=False)
     def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
         _CALLS[self.head] = self
         self.head.forward = MethodType(_answer, self.head)  # type: ignore[method-assign]
@@ -201,6 +204,7 @@ def _lora_of(head: nn.Linear) -> HeadLora | None:
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+@torch.compiler.disable
 def needs_all_logits(model: nn.Module) -> bool:
     """Whether somebody reads a model's logits, or it does things to them that may join positions."""
     root = root_of(model)

@@ -1,5 +1,6 @@
 """The loss of models that something is wrapped around: compilers, engines that spread weights, checkpointing."""
 
+import gc
 import warnings
 
 import peft
@@ -75,6 +76,25 @@ def test_a_whole_step_compiled(batch):
     model = build(layers=1)
     step = torch.compile(lambda batch: causal_lm_loss(model, batch).mean, backend="aot_eager")
     torch.testing.assert_close(step(batch), causal_lm_loss(model, batch).mean)
+
+
+def test_a_step_compiled_while_other_models_go_away(batch):
+    """What is remembered of models lives as long as they do: the compiler must not count on where it stood."""
+    torch._dynamo.reset()
+    others = [build(layers=1) for _ in range(8)]
+    for other in others:
+        causal_lm_loss(other, batch)
+    del other
+
+    def forgetting(graph, _):
+        del others[:1]
+        gc.collect()
+        return graph
+
+    model = build(layers=1)
+    step = torch.compile(lambda batch: causal_lm_loss(model, batch).mean, backend=forgetting)
+    torch.testing.assert_close(step(batch), causal_lm_loss(model, batch).mean)
+    assert len(others) < 8
 
 
 class Around(nn.Module):
