@@ -35,7 +35,7 @@ from benchmarks.sweep_folder import compared, jobs_of
 from benchmarks.tree import TreeMemory
 
 RESULTS = ROOT / "benchmarks" / "results" / "packed.json"
-RANKS, RATES = ("4", "8", "16", "32"), ("3e-4", "1e-3")
+RANKS, RATES = ("4", "8", "16", "32"), ("1e-4", "1e-3")
 CASES = {
     "serial": ("hydra/launcher=lora_local", "sweep.jobs_per_device=1"),
     "two": ("hydra/launcher=lora_local", "sweep.jobs_per_device=2"),
@@ -53,6 +53,7 @@ HEADLINES = (
     "experiment=bbc_headlines",
     "data.system_prompt=Headlines.",  # shorter than the model's own
     "data.val_rows=16",
+    "data.val_batch_size=8",
     "trainer.max_steps=20",
     "trainer.val_check_interval=20",
 )

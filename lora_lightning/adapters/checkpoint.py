@@ -54,8 +54,12 @@ def facts_of(entry: Mapping[str, Any]) -> AdapterFacts:
     return AdapterFacts(entry["config"], entry["keys"], entry["outside"], entry["record"])
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_checkpoint(path: str | os.PathLike[str], *, mapped: bool = False) -> dict[str, Any]:
     """Load a checkpoint of ours, a file or a folder of any strategy, onto the CPU with ``weights_only=True``.
+
+    Args:
+        path: The checkpoint.
+        mapped: Leave the tensors of a file where they are until they are used: for one who wants only some of them.
 
     Returns:
         What Lightning calls a checkpoint, every tensor whole.
@@ -69,7 +73,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if reason := damage_of(path):  # torch compares no checksums
         raise AdapterError(f"the checkpoint {path} is damaged: {reason}. Take the one before it")
     try:
-        checkpoint = _read(path)
+        checkpoint = _read(path, mapped)
     except Exception as error:  # torch raises many kinds for a file that is cut off, damaged or holds code
         raise AdapterError(f"{path} cannot be read with weights_only=True: {error}") from error
     entries_of(checkpoint, str(path))
@@ -78,12 +82,12 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return checkpoint
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, mapped: bool) -> dict[str, Any]:
     if is_distributed(path):
         return read_distributed(path)
     if is_zero(path):
         return read_whole(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 def entries_of(checkpoint: Mapping[str, Any], source: str) -> dict[str, dict[str, Any]]:
@@ -123,7 +127,7 @@ def adapter_from_checkpoint(
         AdapterError: If the checkpoint is no adapter checkpoint, or the folder holds an adapter already.
     """
     path = Path(path)
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, mapped=True)
     entries = entries_of(checkpoint, str(path))
     if name not in entries:
         raise AdapterError(f"no adapter {name!r}{did_you_mean(name, entries)} in {path}: it has {', '.join(entries)}")

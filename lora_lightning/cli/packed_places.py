@@ -5,31 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lightning.pytorch import LightningDataModule
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
-from lora_lightning.cli.build import make_data
 from lora_lightning.config import LoraConfig
 from lora_lightning.sweeps.packed import memory
 from lora_lightning.sweeps.packed.packable import precision_of
 from lora_lightning.sweeps.packed.shell import shell_of
 
 
-def places_for(
-    configs: Sequence[DictConfig], network: nn.Module, tokenizer: PreTrainedTokenizerBase, shared_by: int = 1
-) -> int:
+def places_for(configs: Sequence[DictConfig], network: nn.Module, data: LightningDataModule, shared_by: int = 1) -> int:
     """As many as fit into memory, by what a step of one of them takes.
 
     Args:
         configs: Of all jobs of the group.
         network: Their base, where and as they train it.
-        tokenizer: Its tokenizer.
+        data: Their rows, loaded.
         shared_by: How many processes share the memory; each takes its part.
     """
     config = configs[0]
-    data = make_data(config, tokenizer, keep=True)
-    data.setup()
     needs = memory.needs(
         shell_of(network),
         [LoraConfig.from_dict(_plain(each.lora)) for each in configs],

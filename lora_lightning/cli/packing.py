@@ -23,12 +23,12 @@ from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import run_job
 from hydra.types import HydraContext, RunMode
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningDataModule
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lora_lightning.cli.build import Parts, make_parts, make_trainer
+from lora_lightning.cli.build import Parts, can_be_kept, make_data, make_parts, make_trainer
 from lora_lightning.cli.launch import CONFIGS
 from lora_lightning.cli.overrides import GlobalHydraKept
 from lora_lightning.cli.packed import GroupFile
@@ -36,6 +36,8 @@ from lora_lightning.cli.packed_places import places_for
 from lora_lightning.cli.quiet import quieten
 from lora_lightning.cli.told import show_error
 from lora_lightning.cli.training import train
+from lora_lightning.data.loaded import Loaded
+from lora_lightning.data.module import DataModule
 from lora_lightning.errors import AdapterError, LoraConfigError
 from lora_lightning.sweeps.packed.baton import Player
 from lora_lightning.sweeps.packed.conductor import Conductor
@@ -117,7 +119,7 @@ def compose(commands: Sequence[Sequence[str]]) -> list[tuple[Hydra, DictConfig]]
 
 
 class Shared:
-    """What the jobs have in common: the network, where and as they train it, and tokenizers.
+    """What the jobs have in common: the network, where and as they train it, tokenizers, and rows.
 
     Args:
         config: Of any one of them.
@@ -129,6 +131,7 @@ class Shared:
             torch.set_num_threads(settings.threads)
         model = ModelConfig.of(OmegaConf.to_container(settings.model, resolve=True))  # type: ignore[arg-type]  # a dict
         self._tokenizers: dict[tuple[str, str], PreTrainedTokenizerBase] = {}
+        self._rows: dict[str, Loaded] = {}
         network = load_model(replace(model, in_parts=False), "causal_lm")
         strategy = make_trainer(settings, [], []).strategy
         self.network: nn.Module = strategy.precision_plugin.convert_module(network).to(strategy.root_device)
@@ -136,13 +139,15 @@ class Shared:
     def places(self, configs: Sequence[DictConfig], shared_by: int) -> int:
         """How many jobs train at once, where so many processes share the memory."""
         settings = [_of_no_job(config) for config in configs]
-        return places_for(settings, self.network, self._tokenizer(settings[0], "data"), shared_by)
+        data = make_data(settings[0], self._tokenizer(settings[0], "data"), keep=True)
+        self._load(settings[0], data)
+        return places_for(settings, self.network, data, shared_by)
 
     def parts(self, cfg: DictConfig, player: Player, callbacks: Sequence[Callback]) -> Parts:
         """The task and the data of one job."""
         own = cfg.copy()
         own.task._target_ = _TASK
-        return make_parts(
+        parts = make_parts(
             own,
             of_data=self._tokenizer(cfg, "data"),
             network=shell_of(self.network),
@@ -150,6 +155,19 @@ class Shared:
             player=player,
             callbacks=callbacks,
         )
+        self._load(cfg, parts.data)
+        return parts
+
+    def _load(self, cfg: DictConfig, data: LightningDataModule) -> None:
+        """Rows are loaded once for all jobs that want the same."""
+        if not isinstance(data, DataModule) or not can_be_kept(cfg):
+            return
+        key = repr((OmegaConf.to_container(cfg.data, resolve=True), cfg.model))
+        if key in self._rows:
+            data.take(self._rows[key])
+        else:
+            data.setup()
+            self._rows[key] = data.loaded
 
     def _tokenizer(self, cfg: DictConfig, of: str) -> PreTrainedTokenizerBase:
         """That of the tasks, which only read it, or of the data, all of which make the same of it."""

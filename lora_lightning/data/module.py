@@ -133,6 +133,14 @@ class DataModule(LightningDataModule):
             Console().print(self.describe())
             self._told = True
 
+    def take(self, loaded: Loaded) -> None:
+        """Have the rows that another data module of the same settings has loaded; :meth:`setup` then loads none.
+
+        Args:
+            loaded: Its :attr:`loaded`. Both only read it, so it must not be a stream.
+        """
+        self._loaded = loaded
+
     def keep_quiet(self) -> None:
         """Tell nothing of the rows before training."""
         self._told = True

@@ -22,6 +22,7 @@ from lora_lightning.layers.written import kernels_for
 
 _FEW = 0.125  # a place takes 8 bytes, an element of a mask 1
 _RARE = 1e-9  # so few that distances may not fit their numbers
+_CACHED = 2**20  # so few elements lie in the caches of the cores that wrote them: all of these put zeros, not one alone
 _MANY = 0.99  # so many that steps of 2⁻¹⁶ are coarse beside what is left
 
 
@@ -53,7 +54,11 @@ def without_(x: Tensor, dropped: Tensor, p: float) -> Tensor:
         return x.masked_fill_(dropped, 0)
     if (kernels := kernels_for(x)) is not None:
         return kernels.without(x, dropped, p)
-    x.view(-1).index_fill_(0, dropped, 0)
+    flat = x.view(-1)
+    if flat.numel() <= _CACHED:
+        flat[dropped] = 0
+    else:
+        flat.index_fill_(0, dropped, 0)
     return x
 
 

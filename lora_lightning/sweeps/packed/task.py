@@ -60,6 +60,8 @@ class PackedCausalLM(CausalLM):
     def loss_sum(self, batch: Mapping[str, Tensor]) -> LossSum:
         """Sum the losses of the labelled tokens, in training with a graph whose leaves are the adapter's parameters."""
         train = torch.is_grad_enabled()
+        if train:
+            self._let_go()
         answer = None if is_packed(batch) else self._player.hand_in(Score(self.model, batch, train))
         end_if_asked(self._player, self.trainer)
         self._tell_of_others()
@@ -71,6 +73,12 @@ class PackedCausalLM(CausalLM):
             parameters = [parameter for parameter, _ in gradients]
             total = _HandedOut.apply(total, [gradient for _, gradient in gradients], *parameters)
         return LossSum(total, terms)
+
+    def _let_go(self) -> None:
+        """Gradients of the step before, which Lightning would drop after this forward, are not to outlast it."""
+        if self.trainer.fit_loop.batch_idx % self.trainer.accumulate_grad_batches == 0:
+            for parameter in self.model.parameters():
+                parameter.grad = None
 
     def _tell_of_others(self) -> None:
         """Seconds and memory of a run are those of the process, so its result says how many others there were."""
