@@ -4,35 +4,38 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from types import NoneType
 from typing import Any
 
-from lora_lightning.errors import LoraConfigError, did_you_mean
+from lora_lightning.config_checks import (
+    check_choice,
+    check_names,
+    check_number,
+    check_numbers,
+    check_patterns,
+    check_rank,
+    check_spans,
+    check_switch,
+    check_tokens,
+    listed,
+    plain,
+    unknown_key,
+)
+from lora_lightning.errors import LoraConfigError
 
 ALL_LINEAR = "all-linear"
 BIAS_KINDS = ("none", "all", "lora_only")
-INITIALISATIONS = ("gaussian", "orthogonal")
+INITIALISATIONS = ("gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "corda", "lora_ga", "mica")
+PISSA_NITER = re.compile(r"pissa_niter_\d+")
+"""PiSSA by a fast singular value decomposition of so many iterations."""
 TASK_TYPES = ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 # The heads that a task type trains in full although nobody named them; those a model lacks are passed over.
 TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
-}
-# Names that other tools use for the same thing: told, never accepted.
-ALIASES = {
-    "rank": "r",
-    "lora_r": "r",
-    "lora_rank": "r",
-    "alpha": "lora_alpha",
-    "dropout": "lora_dropout",
-    "targets": "target_modules",
-    "rslora": "use_rslora",
-    "rs_lora": "use_rslora",
-    "dora": "use_dora",
-    "exclude": "exclude_modules",
-    "init_weights": "init_lora_weights",
 }
 
 
@@ -64,8 +67,22 @@ class LoraConfig:
         layers_pattern: Name of the list of layers that the numbers count in, where it is not found by itself.
         rank_pattern: Other ranks for some layers: name or regular expression to rank; the first that matches counts.
         alpha_pattern: Other alphas for some layers, written like ``rank_pattern``.
-        init_lora_weights: True (``A`` Kaiming-uniform, ``B`` zero), False (both random), ``"gaussian"`` or
-            ``"orthogonal"``.
+        init_lora_weights: True (``A`` Kaiming-uniform, ``B`` zero), False (both random), ``"gaussian"``,
+            ``"orthogonal"``, ``"pissa"`` (``"pissa_niter_16"`` by a faster decomposition), ``"olora"``, ``"loftq"``,
+            ``"mica"``, or from what the data shows: ``"eva"``, ``"corda"``, ``"lora_ga"``.
+        lora_bias: Give ``B`` a bias that trains.
+        target_parameters: Names of parameters, 2-D or 3-D, that are adapted where no layer of their own holds them: the
+            experts of a mixture. Written as a list of ``target_modules``.
+        trainable_token_indices: Rows of the input embedding that train: their numbers, or a mapping from the name of an
+            embedding to such a list. A tied head follows.
+        ensure_weight_tying: Where an embedding is adapted or trained in full, give a head that is tied to it the same.
+        layer_replication: Build another stack of decoder layers from the model's own before injection: spans of layer
+            numbers, as in ``[[0, 4], [2, 5]]``; copies share the base weights and have adapters of their own.
+        alora_invocation_tokens: Tokens from whose last appearance on the adapter is in force (activated LoRA).
+        loftq_config: Settings of ``"loftq"``.
+        eva_config: Settings of ``"eva"``.
+        corda_config: Settings of ``"corda"``.
+        lora_ga_config: Settings of ``"lora_ga"``.
 
     Raises:
         LoraConfigError: With everything that is wrong, at once.
@@ -92,13 +109,24 @@ class LoraConfig:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     init_lora_weights: bool | str = True
+    lora_bias: bool = False
+    target_parameters: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
+    layer_replication: list[list[int]] | None = None
+    alora_invocation_tokens: list[int] | None = None
+    loftq_config: dict[str, Any] = field(default_factory=dict)
+    eva_config: dict[str, Any] | None = None
+    corda_config: dict[str, Any] | None = None
+    lora_ga_config: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Bring containers of other libraries (tuples, OmegaConf) to plain ones and check every field."""
         for entry in fields(self):
-            setattr(self, entry.name, _plain(getattr(self, entry.name)))
+            setattr(self, entry.name, plain(getattr(self, entry.name)))
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
+        self.loftq_config = self.loftq_config or {}
         if isinstance(self.modules_to_save, str):
             self.modules_to_save = [self.modules_to_save]
         if isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR:
@@ -106,7 +134,7 @@ class LoraConfig:
         if isinstance(self.task_type, str):
             self.task_type = self.task_type.upper()
         if problems := self._problems():
-            raise LoraConfigError(_listed("This LoRA config cannot be used", problems))
+            raise LoraConfigError(listed("This LoRA config cannot be used", problems))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoraConfig:
@@ -116,7 +144,7 @@ class LoraConfig:
             LoraConfigError: With every unknown key, its nearest field, and every wrong value.
         """
         known = [entry.name for entry in fields(cls)]
-        problems = [_unknown_key(str(key), known) for key in values if key not in known]
+        problems = [unknown_key(str(key), known) for key in values if key not in known]
         try:
             config = cls(**{key: values[key] for key in values if key in known})
         except LoraConfigError as error:
@@ -124,7 +152,7 @@ class LoraConfig:
                 raise
             problems += str(error).split("\n  - ")[1:] or [str(error)]
         if problems:
-            raise LoraConfigError(_listed("This LoRA config cannot be used", problems))
+            raise LoraConfigError(listed("This LoRA config cannot be used", problems))
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,6 +170,11 @@ class LoraConfig:
         """The name under which ``lora_lightning.layers.KINDS`` has this config's layers."""
         return "dora" if self.use_dora else "lora"
 
+    @property
+    def _adapts_else(self) -> bool:
+        """Whether something is adapted that ``target_modules`` does not name."""
+        return bool(self.target_parameters or self.trainable_token_indices)
+
     def difference(self, other: LoraConfig) -> list[str]:
         """The fields in which two configs differ, as ``'r: 8 here, 16 there'``."""
         mine, theirs = self.to_dict(), other.to_dict()
@@ -149,29 +182,33 @@ class LoraConfig:
 
     def _problems(self) -> list[str]:
         problems = [
-            *_check_rank("r", self.r),
-            *_check_number("lora_alpha", self.lora_alpha),
-            *_check_names("target_modules", self.target_modules, pattern_allowed=True),
-            *_check_names("modules_to_save", self.modules_to_save, pattern_allowed=False),
-            *_check_patterns(self.rank_pattern, self.alpha_pattern),
+            *check_rank("r", self.r),
+            *check_number("lora_alpha", self.lora_alpha),
+            *check_names("target_modules", self.target_modules, pattern_allowed=True, may_be_empty=self._adapts_else),
+            *check_names("modules_to_save", self.modules_to_save, pattern_allowed=False),
+            *check_names("target_parameters", self.target_parameters, pattern_allowed=False),
+            *check_tokens("trainable_token_indices", self.trainable_token_indices),
+            *check_spans("layer_replication", self.layer_replication),
+            *check_numbers("alora_invocation_tokens", self.alora_invocation_tokens),
+            *check_patterns(self.rank_pattern, self.alpha_pattern),
         ]
         if self.layers_pattern is not None:
-            problems += _check_names("layers_pattern", self.layers_pattern, pattern_allowed=True, may_be_empty=True)
+            problems += check_names("layers_pattern", self.layers_pattern, pattern_allowed=True, may_be_empty=True)
         if self.exclude_modules is not None:
-            problems += _check_names("exclude_modules", self.exclude_modules, pattern_allowed=True, may_be_empty=True)
+            problems += check_names("exclude_modules", self.exclude_modules, pattern_allowed=True, may_be_empty=True)
         dropout = self.lora_dropout
         if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
             problems.append(f"lora_dropout must be a probability in [0, 1), got {dropout!r}")
-        problems += [
-            f"{name} must be true or false, got {value!r}"
-            for name in ("use_rslora", "use_dora", "fan_in_fan_out")
-            if not isinstance(value := getattr(self, name), bool)
-        ]
-        problems += _check_choice("bias", self.bias, BIAS_KINDS)
+        for name in ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias", "ensure_weight_tying"):
+            problems += check_switch(name, getattr(self, name))
+        for name in ("loftq_config", "eva_config", "corda_config", "lora_ga_config"):
+            if not isinstance(value := getattr(self, name), (dict, NoneType)):
+                problems.append(f"{name} must be a mapping of settings, got {value!r}")
+        problems += check_choice("bias", self.bias, BIAS_KINDS)
         if self.task_type is not None:
-            problems += _check_choice("task_type", self.task_type, TASK_TYPES)
-        if not isinstance(self.init_lora_weights, bool):
-            problems += _check_choice("init_lora_weights", self.init_lora_weights, INITIALISATIONS, also="true, false")
+            problems += check_choice("task_type", self.task_type, TASK_TYPES)
+        if not isinstance(self.init_lora_weights, bool) and not PISSA_NITER.fullmatch(str(self.init_lora_weights)):
+            problems += check_choice("init_lora_weights", self.init_lora_weights, INITIALISATIONS, also="true, false")
         if self.init_lora_weights == "orthogonal":
             ranks = [self.r, *self.rank_pattern.values()]
             odd = [rank for rank in ranks if isinstance(rank, int) and rank % 2]
@@ -193,77 +230,3 @@ class LoraConfig:
                 f"(a regular expression can choose layers by itself), got {self.target_modules!r}"
             )
         return problems
-
-
-def _plain(value: Any) -> Any:
-    """Lists for sequences and dicts for mappings, all the way down (OmegaConf's containers are both)."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    if isinstance(value, Sequence):
-        return [_plain(item) for item in value]
-    return value
-
-
-def _unknown_key(key: str, known: list[str]) -> str:
-    if key in ALIASES:
-        return f"unknown key {key!r}: it is called {ALIASES[key]!r} here"
-    return f"unknown key {key!r}{did_you_mean(key, known)}"
-
-
-def _check_rank(name: str, value: Any) -> list[str]:
-    if isinstance(value, bool) or not isinstance(value, int):
-        return [f"{name} must be a whole number of at least 1, got {value!r}"]
-    return [] if value >= 1 else [f"{name} must be at least 1, got {value}"]
-
-
-def _check_number(name: str, value: Any) -> list[str]:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return [] if good else [f"{name} must be a finite number, got {value!r}"]
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...], also: str = "") -> list[str]:
-    if value in choices:
-        return []
-    listed = ", ".join([also, *choices] if also else choices)
-    return [f"{name} must be one of {listed}, got {value!r}{did_you_mean(str(value), choices)}"]
-
-
-def _check_regex(name: str, pattern: str) -> list[str]:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        return [f"{name}: {pattern!r} is not a regular expression ({error})"]
-    return []
-
-
-def _check_names(name: str, value: Any, *, pattern_allowed: bool, may_be_empty: bool = False) -> list[str]:
-    if value is None and not pattern_allowed:
-        return []
-    if isinstance(value, str) and pattern_allowed:
-        return _check_regex(name, value) if value else [f"{name} is an empty string"]
-    if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
-        forms = "a list of module names" + (" or a regular expression" if pattern_allowed else "")
-        return [f"{name} must be {forms}, got {value!r}"]
-    if not value and pattern_allowed and not may_be_empty:
-        return [f"{name} is an empty list: nothing would be adapted; write 'all-linear' or name the layers"]
-    return []
-
-
-def _check_patterns(rank_pattern: Any, alpha_pattern: Any) -> list[str]:
-    problems = []
-    checks = (("rank_pattern", rank_pattern, _check_rank), ("alpha_pattern", alpha_pattern, _check_number))
-    for name, pattern, check in checks:
-        if not isinstance(pattern, dict):
-            problems.append(f"{name} must map layer names to numbers, got {pattern!r}")
-            continue
-        for key, value in pattern.items():
-            problems += _check_regex(name, str(key)) + check(f"{name}[{key!r}]", value)
-    return problems
-
-
-def _listed(title: str, problems: list[str]) -> str:
-    return f"{title}:" + "".join(f"\n  - {problem}" for problem in problems)

@@ -63,6 +63,7 @@ def inject_unfilled(model: nn.Module, config: LoraConfig) -> LoraReport:
 
 
 def _inject(model: nn.Module, config: LoraConfig, seed: int, *, fill: bool = True) -> LoraReport:
+    _refuse_missing(config)
     root = _earlier_root(model, config) or find_root(model)[1]
     plan = resolve(root, config, outside=model)
     before = [name for name, p in root.named_parameters() if p.requires_grad]
@@ -87,6 +88,22 @@ def _inject(model: nn.Module, config: LoraConfig, seed: int, *, fill: bool = Tru
     freeze_base(model)
     warn_of_bare(bare)
     return report_of(model, heads)
+
+
+# What a config can say and injection cannot do yet.
+_MISSING = (
+    *("lora_bias", "target_parameters", "trainable_token_indices", "ensure_weight_tying", "layer_replication"),
+    "alora_invocation_tokens",
+)
+_MISSING_STARTS = ("pissa", "olora", "loftq", "eva", "corda", "lora_ga", "mica")
+
+
+def _refuse_missing(config: LoraConfig) -> None:
+    missing = [name for name in _MISSING if getattr(config, name)]
+    start = str(config.init_lora_weights).split("_niter_")[0]
+    missing += [f"init_lora_weights={start}"] if start in _MISSING_STARTS else []
+    if missing:
+        raise LoraConfigError(f"not built yet, so that nothing would come of it: {', '.join(missing)}")
 
 
 def default_seed() -> int:
