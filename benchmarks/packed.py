@@ -52,8 +52,7 @@ COMMON = ("trainer.log_every_n_steps=1", "trainer.num_sanity_val_steps=0", "data
 HEADLINES = (
     "experiment=bbc_headlines",
     "data.system_prompt=Headlines.",  # shorter than the model's own
-    "data.val_rows=16",
-    "data.val_batch_size=8",
+    "data.val_rows=8",
     "trainer.max_steps=20",
     "trainer.val_check_interval=20",
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lora_lightning.config import ALIASES
+from lora_lightning.config_checks import ALIASES
 
 # What other tools call a setting, and what it is called here.
 _ALIASES = {name: f"lora.{field}" for name, field in ALIASES.items()} | {
