@@ -17,8 +17,8 @@ NAMES = {
     "packed": "packed",
     "halving": "packed, worse half stopped at each rung",
 }
-COLUMNS = ("", "whole sweep", "against one after another", "target", "memory", "against all at once", "target",
-           "loss: farthest from solo", "best job")  # fmt: skip
+COLUMNS = ("", "whole sweep", "against one after another", "target", "memory", "against all at once",
+           "resident", "against all at once", "target", "loss: farthest from solo", "best job")  # fmt: skip
 TIME = {("1x48", "packed"): 0.5, ("4x96", "packed"): 0.75, ("1x48", "halving"): 0.35, ("4x96", "halving"): 0.35}
 MEMORY = {"packed": 0.3, "halving": 0.3}
 
@@ -44,12 +44,18 @@ def _line(rows: str, case: str, cases: dict[str, Any]) -> list[str]:
         f"{one['seconds']:.0f} s",
         f"{one['seconds'] / serial['seconds']:.2f}" if serial and case != "serial" else "",
         f"≤ {time_target:g}" if time_target else "",
-        f"{one['memory']['pss'] / MB:,.0f} MB",
-        f"{one['memory']['pss'] / whole['memory']['pss']:.2f}" if whole and case != "all" else "",
+        *_memory("pss", one, whole),
+        *_memory("rss", one, whole),
         f"≤ {memory_target:g}" if memory_target else "",
         f"{apart:.1e}" if apart is not None else "",
         _best(one),
     ]
+
+
+def _memory(kind: str, one: dict[str, Any], whole: dict[str, Any] | None) -> tuple[str, str]:
+    """At its highest, and against a process for each job."""
+    told = f"{one['memory'][kind] / MB:,.0f} MB"
+    return told, f"{one['memory'][kind] / whole['memory'][kind]:.2f}" if whole and one is not whole else ""
 
 
 def _best(one: dict[str, Any]) -> str:
@@ -67,8 +73,9 @@ def about(results: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "transformers", "lightning"))
     return (
         f"{machine['cpu']}, {machine['cores']} cores; {versions}, Python {machine['python']}; {machine['date']}. "
-        "Whole sweeps of 20 steps each from the command line to its end, processes included; memory of all processes "
-        "together, shared pages once (PSS), at its highest."
+        "Whole sweeps of 20 steps each from the command line to its end, processes included. Memory is that of all "
+        "processes together at its highest, with a page that several share counted once (PSS), and in each of them "
+        "(resident)."
     )
 
 

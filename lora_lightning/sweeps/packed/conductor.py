@@ -65,6 +65,7 @@ class Conductor:
         self._alone: set[Player] = set()
         self._cohort: dict[Player, int] = {}
         self._told: set[str] = set()
+        self._most = places  # batches that are scored at once
         self._signal = 0
 
     def run(self, players: Sequence[Player]) -> None:
@@ -129,8 +130,18 @@ class Conductor:
         answers = failed
         for rows in sizes:
             alike = [player for player in together if player.request.rows == rows]
-            if len(alike) > 1:
-                answers |= self._attempt(alike, functools.partial(self._scored, alike, train))
+            answers |= self._together(alike, train)
+        return answers
+
+    def _together(self, alike: list[Player], train: bool) -> dict[Player, Any]:
+        """Score batches of one size in as few parts as memory lets; one that is left over scores by itself."""
+        most = self._most
+        answers: dict[Player, Any] = {}
+        for part in (alike[place : place + most] for place in range(0, len(alike), most)):
+            if len(part) > 1:
+                answers |= self._attempt(part, functools.partial(self._scored, part, train))
+        if self._most < most:  # it was too much: what has been answered stays
+            answers |= self._together([player for player in alike if player not in answers], train)
         return answers
 
     def _attempt(self, players: list[Player], do: Callable[[], dict[Player, Any]]) -> dict[Player, Any]:
@@ -142,6 +153,13 @@ class Conductor:
             for player, states in zip(players, drawn, strict=True):
                 player.context.draw_again(states)
             self._tell(f"Not scored together: {error}")
+            return {}
+        except torch.OutOfMemoryError as error:
+            for player, states in zip(players, drawn, strict=True):
+                player.context.draw_again(states)
+            self._most = max(1, min(self._most, len(players)) // 2)
+            without_frames(error)  # they hold what there was too much of
+            self._tell(f"A step of {len(players)} jobs does not fit into memory: from now on {self._most} at once")
             return {}
         except Exception as error:  # it is for each job's Trainer to end the job
             traceback.print_exc()
@@ -174,7 +192,7 @@ class Conductor:
 
     def _take_seats(self, players: list[Player]) -> dict[Player, Any]:
         """Seat the jobs that score now: those at a rung stand aside, and a single one does better by itself."""
-        players = players if len(players) > 1 else []
+        players = players if min(len(players), self._most) > 1 else []
         if players != self._seats:
             self._seats = []
             self._model.seat([player.request.model for player in players])
@@ -210,7 +228,6 @@ class Conductor:
 
 def _failed(players: list[Player], error: Exception) -> AdapterError:
     numbers = ", ".join(str(player.number) for player in players)
-    advice = ". Let fewer jobs train at once: sweep.jobs_at_once" if isinstance(error, torch.OutOfMemoryError) else ""
-    failed = AdapterError(f"The step of jobs {numbers} together has failed: {type(error).__name__}: {error}{advice}")
+    failed = AdapterError(f"The step of jobs {numbers} together has failed: {type(error).__name__}: {error}")
     failed.__cause__ = without_frames(error)  # they hold the step's activations
     return failed

@@ -23,8 +23,8 @@ from tests.sweeps.packed.solo import Twins, batch, by_name, tiny_llama
 class OneByOne:
     """Stands in for a PackedModel: every slot's batch goes through its own model by itself."""
 
-    def __init__(self, failure=None):
-        self.seats, self.calls, self.failure = [], [], failure
+    def __init__(self, failure=None, most=None):
+        self.seats, self.calls, self.failure, self.most = [], [], failure, most
 
     def seat(self, models):
         self.seats = list(models)
@@ -33,6 +33,11 @@ class OneByOne:
         self.calls.append((tuple(sorted(batches)), train))
         if self.failure is not None:
             raise self.failure
+        if self.most is not None:
+            found = {slot: self._loss(slot, batches[slot], train, drawing) for slot in batches}
+            if len(batches) > self.most:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return found
         assert not train or len(batches) == len(self.seats)
         return {slot: self._loss(slot, batches[slot], train, drawing) for slot in batches}
 
@@ -313,3 +318,29 @@ def test_what_was_drawn_for_a_step_that_is_refused_is_drawn_again(twins):
     Conductor(Refusing(), places=2).run(players(work, work))
     torch.manual_seed(3)
     assert found == [torch.rand(()).item()] * 2
+
+
+@pytest.mark.parametrize(("jobs", "fit", "sizes"), [(3, 1, [3]), (5, 2, [5, 2, 2, 2, 2])])
+def test_jobs_that_do_not_fit_into_memory_together_are_scored_in_parts(jobs, fit, sizes, capsys):
+    """What was drawn for the attempt is drawn again, and later steps ask for no more than has fitted."""
+    twins, found = Twins(tiny_llama(), [{"r": 2 + slot, "lora_dropout": 0.2} for slot in range(jobs)]), {}
+
+    def job(slot):
+        def work(player):
+            torch.set_rng_state(twins.states[slot])
+            for step in range(2):
+                rows = batch(2, 5, 10 * slot + step)
+                answer = player.hand_in(Score(twins.shells[slot], rows, True))
+                answer = answer or causal_lm_loss(twins.shells[slot].train(), rows)
+                found[slot, step] = float(answer.total)
+
+        return work
+
+    model = OneByOne(most=fit)
+    Conductor(model, places=jobs).run(players(*map(job, range(jobs))))
+    assert [len(slots) for slots, _ in model.calls] == sizes
+    assert f"A step of {jobs} jobs does not fit into memory: from now on {fit} at once" in capsys.readouterr().out
+    for slot in range(jobs):
+        for step in range(2):
+            total, _, _ = twins.alone(slot, batch(2, 5, 10 * slot + step))
+            assert found[slot, step] == pytest.approx(float(total), abs=1e-12)
