@@ -21,6 +21,9 @@ class LoraLocal(Launcher):
         **options: Those of ``hydra/launcher/lora_local.yaml``, which says what they mean.
     """
 
+    in_parts = False
+    """Whether a search launches batch after batch, and prints the report of all of them itself."""
+
     def __init__(self, **options: Any) -> None:
         self.options = options
 
@@ -33,7 +36,8 @@ class LoraLocal(Launcher):
         """Run a batch of jobs and wait for all of them."""
         from lora_lightning.cli.sweep.launch import launch
 
-        return launch(self.hydra_context, self.config, job_overrides, initial_job_idx, self.options)
+        tells = not self.in_parts
+        return launch(self.hydra_context, self.config, job_overrides, initial_job_idx, self.options, tells=tells)
 
     def jobs_at_once(self) -> int:
         """How many jobs run at once: as many a searching sweeper chooses together."""
@@ -53,7 +57,8 @@ class LoraPacked(LoraLocal):
         """Run a batch of jobs and wait for all of them."""
         from lora_lightning.cli.sweep.packed import launch
 
-        return launch(self.hydra_context, self.config, job_overrides, initial_job_idx, self.options)
+        tells = not self.in_parts
+        return launch(self.hydra_context, self.config, job_overrides, initial_job_idx, self.options, tells=tells)
 
     def jobs_at_once(self) -> int:
         """As many as were asked for; otherwise 8, since how many fit is known only once a model is there."""

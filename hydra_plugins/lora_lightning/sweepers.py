@@ -31,6 +31,17 @@ class _Searching(Sweeper):
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
+    def _checked(self, kind: Any) -> Any:
+        """The settings, all of which are known."""
+        from dataclasses import fields
+
+        from lora_lightning.errors import LoraConfigError, did_you_mean
+
+        known = [each.name for each in fields(kind)]
+        if unknown := [f"{key!r}{did_you_mean(key, known)}" for key in self._options if key not in known]:
+            raise LoraConfigError(f"hydra.sweeper has no setting {', '.join(unknown)}. It has {', '.join(known)}")
+        return kind(**self._options)
+
     def _run(self) -> Any:
         from lora_lightning.cli.search.run import SearchRun
 
@@ -51,7 +62,7 @@ class LoraOptuna(_Searching):
             from lora_lightning.cli.search.options import Options
             from lora_lightning.cli.search.optuna_sweeper import search
 
-            search(self._run(), Options(**self._options), arguments)
+            search(self._run(), self._checked(Options), arguments)
 
 
 class LoraStages(_Searching):
@@ -64,4 +75,4 @@ class LoraStages(_Searching):
         with told():
             from lora_lightning.cli.search.stages import Options, run_stages
 
-            run_stages(self._run(), Options(**self._options), arguments)
+            run_stages(self._run(), self._checked(Options), arguments)

@@ -20,6 +20,12 @@ def ended_by(trainer: Trainer | None) -> str | None:
             return str(reason)
     if any(isinstance(each, Timer) and (each.time_remaining() or 0.0) < 0 for each in callbacks):
         return f"max_time at step {trainer.global_step}"
-    if any(isinstance(each, EarlyStopping) for each in callbacks):
+    if any(isinstance(each, EarlyStopping) and _has_stopped(each) for each in callbacks):
         return "early stopping"
     return f"a callback at step {trainer.global_step}"
+
+
+def _has_stopped(callback: EarlyStopping) -> bool:
+    """Whether it is this one that has stopped the fit; Lightning before 2.6 does not say."""
+    reason = getattr(callback, "stopping_reason", None)
+    return reason is None or reason.name != "NOT_STOPPED"

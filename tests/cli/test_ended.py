@@ -46,6 +46,7 @@ class Stopping(pl.Callback):
         ([EarlyStopping("val_loss", patience=100)], None),
         ([EarlyStopping("val_loss", patience=1), Stopping(1, "pruned at step 1")], "pruned at step 1"),
         ([Stopping(3)], "a callback at step 3"),
+        ([EarlyStopping("val_loss", patience=100), Stopping(3)], "a callback at step 3"),
         ([Stopping(16, "too late")], None),
         ([Timer(timedelta(microseconds=1))], "max_time at step 1"),
     ],

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from lora_lightning.cli.sweep.compose import configured, job_folder
 from lora_lightning.errors import LoraConfigError
 from lora_lightning.sweeps.manifest import LOCK, alone_in
+from lora_lightning.sweeps.manifest import NAME as MANIFEST
 
 RESULTS = "optimization_results.yaml"
 
@@ -36,6 +37,8 @@ class SearchRun:
         self.folder = Path(config.hydra.sweep.dir).absolute()
         self.loader = loader
         self._launcher = launcher
+        if hasattr(launcher, "in_parts"):
+            launcher.in_parts = True
         self._config = config
 
     @contextlib.contextmanager
@@ -51,6 +54,8 @@ class SearchRun:
                 yield
             finally:
                 self._tidy()
+                if getattr(self._launcher, "in_parts", False) and (self.folder / MANIFEST).is_file():
+                    self._report()
 
     def check_direction(self, better: str) -> None:
         """See that the sweep's report will call the same jobs the best ones.
@@ -101,6 +106,12 @@ class SearchRun:
     def leave_results(self, **results: Any) -> None:
         """Write what was best, as the sweepers of Hydra do."""
         OmegaConf.save(OmegaConf.create(results), self.folder / RESULTS)
+
+    def _report(self) -> None:
+        from lora_lightning.cli.sweep_report import report  # matplotlib
+
+        with contextlib.suppress(LoraConfigError):  # what has ended the search is what is to be told
+            report(self.folder)
 
     def _tidy(self) -> None:
         """Leave no folder of a search of which nothing has run: it was refused, or only to be listed."""

@@ -18,6 +18,7 @@ from typing import Any
 from hydra.core.utils import JobReturn, configure_log
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 
 from lora_lightning import __version__
 from lora_lightning.cli.sweep import returns
@@ -73,6 +74,7 @@ def launch(
     options: Mapping[str, Any],
     *,
     works: Works | None = None,
+    tells: bool = True,
 ) -> list[JobReturn]:
     """Run a batch of jobs and wait for them.
 
@@ -83,6 +85,7 @@ def launch(
         first: The number of the first job.
         options: The settings of the sweep.
         works: Makes pieces of work of the jobs that are to run; None: one of each job.
+        tells: Whether the report is printed too; whoever launches batch after batch prints it at the end.
 
     Returns:
         What each job came to. One that failed raises `JobFailed` when its value is asked for.
@@ -106,7 +109,7 @@ def launch(
         if checked.dry_run:
             _list_only(sweep, jobs)
         with manifest.alone_in(sweep.folder):
-            return _run(sweep, jobs, works or one_process_each)
+            return _run(sweep, jobs, works or one_process_each, tells)
 
 
 def one_process_each(sweep: Sweep, jobs: Sequence[Composed]) -> list[Work]:
@@ -133,7 +136,7 @@ def _jobs(context: HydraContext, sweep: Sweep, batch: Sequence[Sequence[str]], f
     return jobs
 
 
-def _run(sweep: Sweep, jobs: Sequence[Composed], works: Works) -> list[JobReturn]:
+def _run(sweep: Sweep, jobs: Sequence[Composed], works: Works, tells: bool) -> list[JobReturn]:
     """Run what is not finished yet, leave the report, and gather what all jobs came to."""
     print(f"Sweep folder: {sweep.folder}", flush=True)
     goes_on = (sweep.folder / manifest.NAME).exists()
@@ -160,9 +163,9 @@ def _run(sweep: Sweep, jobs: Sequence[Composed], works: Works) -> list[JobReturn
             )
     except BaseException:
         with contextlib.suppress(LoraConfigError):  # what has ended the sweep is what is to be told
-            _report(sweep)
+            _report(sweep, tells)
         raise
-    _report(sweep)
+    _report(sweep, tells)
     return [_return(sweep, each, known, outcomes) for each in jobs]
 
 
@@ -229,10 +232,10 @@ def _manifest(sweep: Sweep, jobs: Sequence[Composed]) -> Manifest:
     )
 
 
-def _report(sweep: Sweep) -> None:
+def _report(sweep: Sweep, tells: bool) -> None:
     from lora_lightning.cli.sweep_report import report  # matplotlib
 
-    report(sweep.folder)
+    report(sweep.folder, console=None if tells else Console(quiet=True))
 
 
 def _list_only(sweep: Sweep, jobs: Sequence[Composed]) -> None:

@@ -33,9 +33,11 @@ def launch(
     batch: Sequence[Sequence[str]],
     first: int,
     options: Mapping[str, Any],
+    *,
+    tells: bool = True,
 ) -> list[JobReturn]:
     """Run a batch of jobs and wait for them; arguments and results are those of `lora_lightning.cli.sweep.launch`."""
-    return local.launch(context, config, batch, first, options, works=works)
+    return local.launch(context, config, batch, first, options, works=works, tells=tells)
 
 
 def works(sweep: local.Sweep, jobs: Sequence[Composed]) -> list[Work]:

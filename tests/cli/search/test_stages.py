@@ -51,6 +51,13 @@ def test_the_largest_may_be_the_best(search):
     assert "best 19, job 2: x=5" in done.screen
 
 
+def test_a_setting_that_there_is_not_is_told_with_the_nearest(search):
+    done = search(*stages("[{x: [0, 1]}]"), "+hydra.sweeper.holt=[x]")
+    assert done.status == 2, done.screen
+    assert "hydra.sweeper has no setting 'holt'" in done.screen
+    assert "hold" in done.screen and "Traceback" not in done.screen
+
+
 def test_a_job_that_fails_is_not_the_best(search):
     done = search(*stages("[{kind: [a, b]}, {x: [1, 2]}]"), "fails=b")
     assert done.status == 0, done.screen
