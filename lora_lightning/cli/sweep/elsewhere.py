@@ -13,6 +13,7 @@ from typing import Any
 
 from filelock import FileLock
 from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
@@ -36,6 +37,7 @@ class SweepNoted(Callback):
         if not config.hydra.launcher._target_.startswith(_OURS):
             with told():  # anything but a SystemExit is a warning to Hydra, and the sweep would go on
                 refuse_settings(config)
+                refuse_repeated(config.hydra.overrides.task)
             _begun.append(Path(config.hydra.sweep.dir).resolve())
 
 
@@ -54,6 +56,24 @@ def refuse_settings(config: DictConfig) -> None:
         raise LoraConfigError(
             f"{', '.join(asked)}: only hydra/launcher=lora_local and lora_packed know of that. Take one of these, or "
             f"leave it out: {config.hydra.launcher._target_} would pass it over"
+        )
+
+
+def refuse_repeated(overrides: Sequence[str]) -> None:
+    """Refuse a key with a value given twice: our own launchers run equal jobs once, and others would each of them.
+
+    Raises:
+        LoraConfigError: With all such values.
+    """
+    repeated = {}
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        values = [str(each) for each in override.sweep_string_iterator()] if override.is_choice_sweep() else []
+        repeated |= {override.get_key_element(): each for each in values if values.count(each) > 1}
+    if repeated:
+        listed = ", ".join(f"{key}={value}" for key, value in repeated.items())
+        raise LoraConfigError(
+            f"{listed} is there more than once, and equal jobs would be run as often: leave it out, or take "
+            "hydra/launcher=lora_local, which runs them once"
         )
 
 
