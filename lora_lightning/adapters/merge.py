@@ -2,43 +2,79 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters.folder import load_adapter
+from lora_lightning.adapters.merge_report import MergedTensor, MergeReport, largest_difference, outputs_of
+from lora_lightning.adapters.ties import part_ties
 from lora_lightning.errors import AdapterError
-from lora_lightning.injection.names import canonical_modules, unwrap
+from lora_lightning.injection.names import unwrap
 from lora_lightning.injection.state import lora_layers, the_root
-from lora_lightning.injection.tensors import spread_like, whole
+from lora_lightning.injection.tensors import norms, spread_like, whole
 from lora_lightning.injection.unload import remove_adapter
 from lora_lightning.layers import LoraLayer
 
 
 @torch.no_grad()
-def merge_lora(model: nn.Module, *, safe: bool = True) -> None:
+def merge_lora(
+    model: nn.Module, *, safe: bool = True, exact: bool = False, untie: bool = False, check_on: Any = None
+) -> MergeReport:
     """Fold a model's adapter into its weights, in place, and leave plain layers that give the adapted outputs.
 
-    Each sum is made in float32 at least and rounded once to the weight's dtype. Modules trained in full keep their
-    trained values. An adapted layer whose weight is tied to another module is refused: merging would change both.
+    Each sum is made in float32 at least (in float64 for a weight of float64) and rounded once to the weight's dtype.
+    Modules trained in full keep their trained values.
 
     Args:
         model: An injected model, or a LightningModule around one.
-        safe: Make every sum once beforehand and refuse values that are not finite; False spares that pass.
+        safe: Refuse values that are not finite, and keep a copy of every weight in host memory until all are merged, so
+            that whatever goes wrong meanwhile leaves the model as it was, to the bit. False does without both, for a
+            model that is thrown away if something fails: it takes the memory of one layer.
+        exact: Make every sum in float64.
+        untie: Where an adapted layer shares its weight with a module that must not change with it (a head tied to the
+            embedding), give it a weight of its own, and set ``tie_word_embeddings`` of the model's config to False; the
+            model grows by that weight. Else such a model is refused.
+        check_on: A batch (a tensor, or a tuple or mapping of arguments) for which the model's outputs before and after
+            are compared, in eval mode.
+
+    Returns:
+        How far each weight has moved, what rounding has taken of it, and the largest difference of the outputs.
 
     Raises:
         AdapterError: If there is no adapter, a weight is tied, or a sum is not finite. Nothing is changed then.
     """
     model = unwrap(model)
-    the_root(model)
+    root = the_root(model)[1]
     layers = dict(lora_layers(model))
-    _refuse_tied(model, layers)
-    if safe and (bad := [name for name, layer in layers.items() if not _finite(_merged(layer))]):
-        raise AdapterError(f"not merged, the result would not be finite in {', '.join(bad[:4])}")
-    for layer in layers.values():
-        layer.weight.copy_(_merged(layer))
-    remove_adapter(model)
+    before = None if check_on is None else outputs_of(model, check_on)
+    rows: list[MergedTensor] = []
+    bad: list[str] = []
+    with contextlib.ExitStack() as undo:  # left by an error, it puts everything back
+        ties = part_ties(model, root, layers, undo, untie=untie)
+        for name, layer in layers.items():
+            for fold in layer.lora_folds:
+                if (id(layer), fold) in ties.once:
+                    continue
+                value = _merged(layer, fold, exact=exact)
+                if safe and not _finite(value):
+                    bad.append(name)
+                    continue
+                if safe:
+                    undo.callback(layer.lora_keep(fold))
+                rows.append(_write(layer, fold, value, f"{name}.{fold}" if name else fold))
+        if bad:
+            raise AdapterError(f"not merged, the result would not be finite in {', '.join(bad[:4])}")
+        remove_adapter(model)
+        undo.pop_all()
+    for own, shared in ties.copies:
+        own.requires_grad_(shared.requires_grad)
+    difference = None if before is None else largest_difference(before, outputs_of(model, check_on))
+    return MergeReport(tuple(rows), difference, ties.names)
 
 
 def fold_in(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -54,33 +90,39 @@ def fold_in(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         parameter.requires_grad_(True)
 
 
-def _merged(layer: LoraLayer) -> Tensor:
-    weight = layer.weight
-    exact = torch.promote_types(weight.dtype, torch.float32)
+def _merged(layer: LoraLayer, fold: str, *, exact: bool = False) -> Tensor:
+    """What a tensor of the base becomes, before it is rounded."""
+    base = layer.lora_base_value(fold).detach()
+    dtype = torch.float64 if exact else torch.promote_types(base.dtype, torch.float32)
+    with _in_precision(layer, dtype):
+        delta = spread_like(layer.lora_delta_of(fold), base)
+        base = base.to(dtype)
+        return layer.lora_merged(base, delta) if fold == "weight" else base + delta
+
+
+@contextlib.contextmanager
+def _in_precision(layer: LoraLayer, dtype: torch.dtype) -> Iterator[None]:
+    """The adapter's own parameters in another dtype."""
     own = [(parameter, parameter.data) for parameter in layer.lora_own.values()]
-    for parameter, values in own:
-        parameter.data = values.to(exact)
     try:
-        return layer.lora_merged(weight.to(exact), spread_like(layer.lora_weight_delta(), weight)).to(weight.dtype)
+        for parameter, values in own:
+            parameter.data = values.to(dtype)
+        yield
     finally:
         for parameter, values in own:
             parameter.data = values
 
 
+def _write(layer: LoraLayer, fold: str, value: Tensor, name: str) -> MergedTensor:
+    """Give the base a value, and measure what has come of it."""
+    base = layer.lora_base_value(fold).detach().to(value.dtype)
+    size, change = norms([base, value - base]).tolist()
+    del base
+    layer.lora_write(fold, value)
+    lost = norms([layer.lora_base_value(fold).detach().to(value.dtype) - value]).item()
+    return MergedTensor(name, change / size if size else change, lost / change if change else 0.0)
+
+
 def _finite(tensor: Tensor) -> bool:
     """Whether all of a tensor is finite: for a ``DTensor`` every process gets one answer, and none merges alone."""
     return bool(whole(torch.isfinite(tensor).all()))
-
-
-def _refuse_tied(model: nn.Module, layers: dict[str, LoraLayer]) -> None:
-    owners: dict[int, dict[int, str]] = {}
-    for name, module in canonical_modules(model):
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), {})[id(module)] = name
-    for name, layer in layers.items():
-        others = [owner for module, owner in owners[id(layer.weight)].items() if module != id(layer)]
-        if others:
-            raise AdapterError(
-                f"not merged: the weight of {name} is tied to {', '.join(others)}, which would change with it. Untie "
-                "them first (give one a copy of the weight, and set tie_word_embeddings=False in the model's config)"
-            )

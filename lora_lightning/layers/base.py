@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lora_lightning.errors import LoraConfigError
 
@@ -84,6 +88,29 @@ class LoraLayer(_Module):
     def lora_merged(self, weight: Tensor, delta: Tensor) -> Tensor:
         """The weight of a plain layer that gives this one's outputs, from the base's and ``s · B A`` in its shape."""
         return weight + delta
+
+    # ---- merging, by the names of the base's tensors that it changes: those of a child have a dot in them
+
+    lora_folds: tuple[str, ...] = ("weight",)
+
+    def lora_delta_of(self, name: str) -> Tensor:
+        """What merging adds to a tensor of :attr:`lora_folds` (``weight`` goes through :meth:`lora_merged`)."""
+        return self.lora_weight_delta()
+
+    def lora_base_value(self, name: str) -> Tensor:
+        """A tensor of :attr:`lora_folds` as numbers: a quantised layer's dequantised."""
+        return operator.attrgetter(name)(self)
+
+    def lora_write(self, name: str, value: Tensor) -> None:
+        """Give a tensor of :attr:`lora_folds` a value, rounded once: a quantised layer quantises it again."""
+        operator.attrgetter(name)(self).detach().copy_(value)
+
+    def lora_keep(self, name: str) -> Callable[[], object]:
+        """What puts a tensor of :attr:`lora_folds` back as it is now, to the bit; its copy lies in host memory."""
+        target = operator.attrgetter(name)(self).detach()
+        here = target.to_local() if isinstance(target, DTensor) else target
+        kept = here.to("cpu", copy=True)
+        return functools.partial(here.copy_, kept)
 
     weight: Any  # the base's: a tensor, or what a quantised layer keeps instead
 
