@@ -17,10 +17,11 @@ from torch.distributed.tensor import DTensor
 from lora_lightning.errors import AdapterError, did_you_mean
 from lora_lightning.injection.initialise import generator_for
 from lora_lightning.injection.inject import default_seed
+from lora_lightning.injection.matching import matches
 from lora_lightning.injection.materialise import Part, Place, low_rank_ids, places, start_adapters
 from lora_lightning.injection.names import find_root, unwrap
 from lora_lightning.injection.state import differences
-from lora_lightning.injection.targets import matches, output_embeddings
+from lora_lightning.injection.targets import output_embeddings
 
 _ONE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"

@@ -27,6 +27,7 @@ from lora_lightning.config import LoraConfig
 from lora_lightning.errors import AdapterError, LoraConfigError
 from lora_lightning.injection import LoraReport, freeze_base, report_of, unload_lora
 from lora_lightning.injection.inject import inject_unfilled
+from lora_lightning.injection.matching import pattern_value
 from lora_lightning.injection.names import find_root, unwrap
 from lora_lightning.injection.state import (
     adapter_tensors,
@@ -38,7 +39,6 @@ from lora_lightning.injection.state import (
     the_root,
     trained_in_full,
 )
-from lora_lightning.injection.targets import pattern_value
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -12,9 +12,9 @@ from torch import nn
 from lora_lightning.adapters.peft_names import short_targets
 from lora_lightning.config import ALL_LINEAR, TASK_HEADS, LoraConfig
 from lora_lightning.errors import AdapterError, LoraConfigError
+from lora_lightning.injection.matching import matches
 from lora_lightning.injection.names import canonical_modules
 from lora_lightning.injection.state import lora_layers, record_of
-from lora_lightning.injection.targets import matches
 
 _LOG = logging.getLogger(__name__)
 # What PEFT writes about the adapter rather than into it.

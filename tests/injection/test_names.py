@@ -11,8 +11,8 @@ from torch import nn
 
 from lora_lightning import LoraConfig, inject_lora, lora_parameters
 from lora_lightning.injection import names
+from lora_lightning.injection.matching import entries_for, pattern_value
 from lora_lightning.injection.names import canonical, canonical_modules, parameters_of, walked_once
-from lora_lightning.injection.targets import entries_for, pattern_value
 
 LOCAL = st.sampled_from(["a", "b", "0", "_orig_mod", "_fsdp_wrapped_module", "q_proj"])
 

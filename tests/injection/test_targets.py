@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lora_lightning import LoraConfig, LoraConfigError, inject_lora
+from lora_lightning.injection.matching import matches, pattern_value
 from lora_lightning.injection.names import canonical, find_root
 from lora_lightning.injection.state import lora_layers
-from lora_lightning.injection.targets import matches, pattern_value, resolve
+from lora_lightning.injection.targets import resolve
 
 
 def _meta(family):
