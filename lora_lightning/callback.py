@@ -19,6 +19,7 @@ from lora_lightning.adapters import load_adapter
 from lora_lightning.adapters.checkpoint import checkpoint_entry
 from lora_lightning.adapters.files import check_writable
 from lora_lightning.adapters.folder import chain_of, check_finite
+from lora_lightning.adapters.hub import adapter_folder
 from lora_lightning.adapters.written import first_process_writes
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import LoraConfigError
@@ -65,8 +66,8 @@ class LoraCallback(pl.Callback):
     Args:
         config: A :class:`LoraConfig` or a mapping of its fields. None is the balanced pattern (r=16, alpha 32, all
             linear layers, dropout 0.05), or what ``adapter`` or an injected model has already.
-        adapter: Folder of a saved adapter to go on training (PEFT's too).
-        base_adapter: Folder of a saved adapter to fold into the base before a new one is trained.
+        adapter: Folder of a saved adapter to go on training (PEFT's too), or ``owner/name[@revision]`` on the Hub.
+        base_adapter: Folder of a saved adapter, or one on the Hub, to fold into the base before a new one is trained.
         module: Attribute of the LightningModule to inject below; nothing outside it is touched.
         name: The adapter's name; two callbacks of one trainer need two.
         on_nonfinite: What to do when a loss or gradients are not finite: ``"stop"`` with an error, or ``"skip"`` the
@@ -158,15 +159,16 @@ class LoraCallback(pl.Callback):
         if fresh:
             convert_first(trainer, pl_module)
         keep_marks(trainer.strategy)
-        config = config_for(target, pl_module, self.config, self.adapter)
+        adapter = None if self.adapter is None else str(adapter_folder(self.adapter))
+        config = config_for(target, pl_module, self.config, adapter)
         if self.base_adapter is not None:
             fold_in_first(target, config, self.base_adapter)
         # One seed for all processes, whatever each has set for itself: adapters begin equal under every strategy.
         report = inject_lora(target, config, seed=trainer.strategy.broadcast(default_seed()))
         if fresh and self.base_adapter is not None:
             record_of(the_root(target)[1]).bases = chain_of(self.base_adapter)
-        if self.adapter is not None and record_of(the_root(target)[1]).source != str(Path(self.adapter).resolve()):
-            load_adapter(target, self.adapter, trainable=True)
+        if adapter is not None and record_of(the_root(target)[1]).source != str(Path(adapter).resolve()):
+            load_adapter(target, adapter, trainable=True)
         _state_of(trainer).injected(target, by_callback=fresh)
         self._tensors = tuple(adapter_tensors(target))
         self._still = freeze_statistics(target) if self.freeze_norm_stats else {}

@@ -3,13 +3,16 @@
 from lora_lightning.adapters.base_weights import load_base
 from lora_lightning.adapters.checkpoint import adapter_from_checkpoint
 from lora_lightning.adapters.folder import load_adapter, read_config, read_record, save_adapter
+from lora_lightning.adapters.hub import adapter_folder, push_adapter
 from lora_lightning.adapters.merge import merge_lora
 
 __all__ = [
+    "adapter_folder",
     "adapter_from_checkpoint",
     "load_adapter",
     "load_base",
     "merge_lora",
+    "push_adapter",
     "read_config",
     "read_record",
     "save_adapter",

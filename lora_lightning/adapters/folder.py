@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 import lora_lightning
 from lora_lightning.adapters.fingerprint import fingerprint
+from lora_lightning.adapters.hub import CONFIG_FILE, OUTSIDE_FILE, RECORD_FILE, WEIGHTS_FILE, adapter_folder
+from lora_lightning.adapters.one_scale import with_one_scale
 from lora_lightning.adapters.peft_config import from_peft_config, to_peft_config
 from lora_lightning.adapters.peft_names import PREFIX, as_written_here, peft_names, prefix_hint
 from lora_lightning.adapters.tensor_file import is_finite, names_in, read_tensors, write_tensors
@@ -40,10 +42,6 @@ from lora_lightning.injection.state import (
     trained_in_full,
 )
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-RECORD_FILE = "lora_lightning.json"
-OUTSIDE_FILE = "modules_outside.safetensors"
 _BASE_COPY = ".base_layer.weight"  # PEFT saves the base weight of an adapted embedding or head; the base has its own
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # PEFT does not save them
 _UNSAVED = (_BASE_COPY, *_STATISTICS)  # what one file has and another need not have
@@ -89,22 +87,29 @@ def describe(model: nn.Module) -> AdapterFacts:
     )
 
 
-def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+def save_adapter(
+    model: nn.Module, folder: str | os.PathLike[str], *, overwrite: bool = False, fold_scaling: bool = False
+) -> Path:
     """Write a model's adapter as a folder that PEFT, transformers and :func:`load_adapter` read.
 
     Args:
         model: An injected model, or a LightningModule around one.
         folder: Made if need be.
         overwrite: Replace an adapter that is there already.
+        fold_scaling: Put every layer's scale into its ``B``, and fill smaller ranks up with zeros, so that one rank and
+            one scale are right for all: for servers that pass over ``rank_pattern`` and ``alpha_pattern`` (vLLM).
 
     Returns:
         The folder.
 
     Raises:
-        AdapterError: If there is no adapter, its values are not finite, or the folder holds one already.
+        AdapterError: If there is no adapter, its values are not finite, the folder holds one already, or with
+            ``fold_scaling`` it has more than such a server reads (DoRA, biases, modules trained in full).
     """
     state = adapter_state(model)
     facts = describe(model)
+    if fold_scaling:
+        facts, state = with_one_scale(facts, state)
     return write_folder(facts, state, folder, overwrite=overwrite)
 
 
@@ -130,6 +135,8 @@ def write_folder(
         _write(folder / RECORD_FILE, _json(facts.record))
         if facts.outside:
             write_tensors(folder / OUTSIDE_FILE, {name: state[name] for name in facts.outside})
+        else:
+            (folder / OUTSIDE_FILE).unlink(missing_ok=True)  # that of the adapter which was there
         write_tensors(folder / WEIGHTS_FILE, {key: state[name] for name, key in facts.keys.items()})
     except OSError as error:
         raise unwritten(folder, error) from error
@@ -151,7 +158,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trainable:
 
     Args:
         model: The base model, or a LightningModule around it; or one injected with the same config.
-        folder: An adapter folder, ours or PEFT's.
+        folder: An adapter folder, ours or PEFT's, or one on the Hugging Face Hub: ``owner/name[@revision]``.
         trainable: Let the adapter train; else all of the model is frozen.
 
     Returns:
@@ -160,7 +167,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trainable:
     Raises:
         AdapterError: If the folder does not fit; the model is as it was then.
     """
-    folder, model = Path(folder), unwrap(model)
+    folder, model = adapter_folder(folder), unwrap(model)
     config, weights = read_config(model, folder), _read_weights(folder)
     fresh = not injected_roots(model)
     if fresh:
@@ -171,12 +178,13 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trainable:
     try:
         prefix, root = the_root(model)
         names = {key: _join(prefix, name) for name, key in peft_names(root).items()}
-        given = {names.get(key, key): value for key, value in weights.items() if not key.endswith(_BASE_COPY)}
+        copies = {f"{PREFIX}{name}{_BASE_COPY}" for name, _ in lora_layers(root)}
+        given = {names.get(key, key): value for key, value in weights.items() if key not in copies}
         hint = prefix_hint(*([key for key in keys if not key.endswith(_UNSAVED)] for keys in (weights, names)))
-        own = {name for name in adapter_tensors(model) if _below(name, prefix)}
-        _check_fit(root, config, given, own, folder, hint)
-        load_lora_state(model, lora_state_dict(model) | given | _read_outside(folder, model), str(folder))
-    except AdapterError:
+        given |= _read_outside(folder, model)
+        _check_fit(root, config, given, set(adapter_tensors(model)), folder, hint)
+        load_lora_state(model, lora_state_dict(model) | given, str(folder))
+    except BaseException:
         if fresh:
             unload_lora(model)
         raise
@@ -189,20 +197,38 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trainable:
 
 
 def read_config(model: nn.Module, folder: str | os.PathLike[str]) -> LoraConfig:
-    """The LoRA config of an adapter folder, as it applies to a model."""
-    path = Path(folder) / CONFIG_FILE
-    if not Path(folder).is_dir():
+    """The LoRA config of an adapter folder (or one on the Hub), as it applies to a model."""
+    folder = adapter_folder(folder)
+    _, root = find_root(unwrap(model))
+    return from_peft_config(read_peft_config(folder), root, str(folder / CONFIG_FILE))
+
+
+def read_peft_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What ``adapter_config.json`` of an adapter folder (or one on the Hub) says."""
+    folder = adapter_folder(folder)
+    path = folder / CONFIG_FILE
+    if not folder.is_dir():
         raise AdapterError(f"there is no folder {folder}")
     if not path.is_file():
-        there = ", ".join(sorted(entry.name for entry in Path(folder).glob("*"))[:8]) or "nothing"
+        there = ", ".join(sorted(entry.name for entry in folder.glob("*"))[:8]) or "nothing"
         raise AdapterError(f"{folder} is not an adapter folder: no {CONFIG_FILE} in it (it holds {there})")
-    _, root = find_root(unwrap(model))
-    return from_peft_config(_read_json(path), root, str(path))
+    return _read_json(path)
+
+
+def check_folder(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read an adapter folder as far as that needs no model: its config, after its values have been looked at.
+
+    Raises:
+        AdapterError: If it is no adapter folder, damaged, or holds a NaN or an infinity.
+    """
+    config = read_peft_config(folder)
+    _read_weights(Path(folder))
+    return config
 
 
 def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """What ``lora_lightning.json`` says; empty for a folder that PEFT wrote."""
-    path = Path(folder) / RECORD_FILE
+    path = adapter_folder(folder) / RECORD_FILE
     return _read_json(path) if path.is_file() else {}
 
 
