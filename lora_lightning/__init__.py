@@ -17,6 +17,7 @@ _HOMES = {
     "LoraConfig": "config",
     "LoraConfigError": "errors",
     "LoraReport": "injection",
+    "MergeReport": "adapters",
     "SaveOnSignal": "stopping",
     "causal_lm_loss": "tasks.loss",
     "inject_lora": "injection",
@@ -28,6 +29,7 @@ _HOMES = {
     "lora_state_dict": "injection",
     "merge_lora": "adapters",
     "meta_parameters": "injection",
+    "push_adapter": "adapters",
     "save_adapter": "adapters",
     "unload_lora": "injection",
 }
@@ -37,6 +39,7 @@ __all__ = [
     "LoraConfig",
     "LoraConfigError",
     "LoraReport",
+    "MergeReport",
     "SaveOnSignal",
     "causal_lm_loss",
     "inject_lora",
@@ -48,12 +51,13 @@ __all__ = [
     "lora_state_dict",
     "merge_lora",
     "meta_parameters",
+    "push_adapter",
     "save_adapter",
     "unload_lora",
 ]
 
 if TYPE_CHECKING:
-    from lora_lightning.adapters import load_adapter, load_base, merge_lora, save_adapter
+    from lora_lightning.adapters import MergeReport, load_adapter, load_base, merge_lora, push_adapter, save_adapter
     from lora_lightning.callback import LoraCallback
     from lora_lightning.checkpoint import load_from_checkpoint
     from lora_lightning.config import LoraConfig

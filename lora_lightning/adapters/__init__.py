@@ -5,8 +5,10 @@ from lora_lightning.adapters.checkpoint import adapter_from_checkpoint
 from lora_lightning.adapters.folder import load_adapter, read_config, read_record, save_adapter
 from lora_lightning.adapters.hub import adapter_folder, push_adapter
 from lora_lightning.adapters.merge import merge_lora
+from lora_lightning.adapters.merge_report import MergeReport
 
 __all__ = [
+    "MergeReport",
     "adapter_folder",
     "adapter_from_checkpoint",
     "load_adapter",
