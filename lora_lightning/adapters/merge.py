@@ -32,9 +32,9 @@ def merge_lora(
 
     Args:
         model: An injected model, or a LightningModule around one.
-        safe: Refuse values that are not finite, and keep a copy of every weight in host memory until all are merged, so
-            that whatever goes wrong meanwhile leaves the model as it was, to the bit. False does without both, for a
-            model that is thrown away if something fails: it takes the memory of one layer.
+        safe: Keep a copy of every weight in host memory until all are merged, so that whatever goes wrong meanwhile
+            leaves the model as it was, to the bit. False takes the memory of one layer, for a model that is thrown away
+            if something fails.
         exact: Make every sum in float64.
         untie: Where an adapted layer shares its weight with a module that must not change with it (a head tied to the
             embedding), give it a weight of its own, and set ``tie_word_embeddings`` of the model's config to False; the
@@ -46,7 +46,8 @@ def merge_lora(
         How far each weight has moved, what rounding has taken of it, and the largest difference of the outputs.
 
     Raises:
-        AdapterError: If there is no adapter, a weight is tied, or a sum is not finite. Nothing is changed then.
+        AdapterError: If there is no adapter, a weight is tied, or a sum is not finite. Nothing is changed then, unless
+            ``safe`` is false.
     """
     model = unwrap(model)
     root = the_root(model)[1]
@@ -61,7 +62,7 @@ def merge_lora(
                 if (id(layer), fold) in ties.once:
                     continue
                 value = _merged(layer, fold, exact=exact)
-                if safe and not _finite(value):
+                if not _finite(value):
                     bad.append(name)
                     continue
                 if safe:
