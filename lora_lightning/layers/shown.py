@@ -1,0 +1,92 @@
+"""Modules that see one of their own parameters changed while they run, and at no other time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_lightning.layers.made import made_class, plain_class
+
+_FOLLOWS = "lora_follows"
+
+
+class Showing:
+    """Mixin of a part of an adapter that changes what the module which holds it sees of a parameter.
+
+    Attributes:
+        lora_parameter: The parameter's name in that module.
+        lora_enabled: False shows the base's.
+    """
+
+    lora_parameter: str
+    lora_enabled: bool
+
+    def lora_value(self, weight: Tensor) -> Tensor:
+        """What the module is to see in place of its parameter."""
+        raise NotImplementedError
+
+
+class LoraHolder(nn.Module):
+    """Mixin of a module that has parts of an adapter, which change what it sees of its own parameters in its forward.
+
+    The values are computed at each call, so that gradient checkpointing recomputes them too, and nothing but autograd
+    keeps them after it. Whoever reads a parameter from outside gets the base's. Not for several threads at once.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module's own class makes of its input, over the changed parameters."""
+        own = vars(self)
+        before = {part.lora_parameter: own.get(part.lora_parameter) for part in parts_of(self) if part.lora_enabled}
+        try:
+            for part in parts_of(self):
+                if part.lora_enabled:  # an entry in the instance's dict is found before a registered parameter
+                    own[part.lora_parameter] = part.lora_value(getattr(self, part.lora_parameter))
+            return super().forward(*args, **kwargs)
+        finally:
+            for name, value in before.items():
+                own.pop(name, None)
+                if value is not None:
+                    own[name] = value
+
+
+def parts_of(holder: nn.Module) -> Iterator[Showing]:
+    """The parts of an adapter that a module has, or follows."""
+    yield from (part for part in holder._modules.values() if isinstance(part, Showing))
+    if (followed := vars(holder).get(_FOLLOWS)) is not None:
+        yield followed
+
+
+def hold(holder: nn.Module, name: str, part: nn.Module, over: type[nn.Module] = LoraHolder) -> None:
+    """Give a module a part of an adapter as its child, and the class that uses it."""
+    holder.add_module(name, part)
+    _become(holder, over)
+
+
+def follow(holder: nn.Module, part: nn.Module, over: type[nn.Module] = LoraHolder) -> None:
+    """Let a module see what a part of an adapter that another one has makes of a parameter that they share."""
+    vars(holder)[_FOLLOWS] = part
+    _become(holder, over)
+
+
+def let_go(holder: nn.Module, part: nn.Module) -> None:
+    """Take a part off a module; with the last of them goes the class.
+
+    Raises:
+        TypeError: If something else changed the class meanwhile.
+    """
+    plain = plain_class(holder)
+    if plain is None:
+        raise TypeError(f"the class of a {type(holder).__name__} was changed since it was adapted")
+    if vars(holder).get(_FOLLOWS) is part:
+        del vars(holder)[_FOLLOWS]
+    for name in [name for name, child in holder._modules.items() if child is part]:
+        del holder._modules[name]
+    if next(parts_of(holder), None) is None:
+        holder.__class__ = plain  # type: ignore[assignment]
+
+
+def _become(holder: nn.Module, over: type[nn.Module]) -> None:
+    if not isinstance(holder, over):
+        holder.__class__ = made_class(over, type(holder))  # type: ignore[assignment]
