@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora_lightning.layers.base import LoraLayer, adapter_dtype
 from lora_lightning.layers.hazards import detached_hook, why_not
-from lora_lightning.layers.shown import Showing, hold, let_go
+from lora_lightning.layers.holder import Showing, hold, let_go
 
 
 class LoraParameter(Showing, LoraLayer, nn.Module):

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from lora_lightning.layers.base import adapter_dtype
 from lora_lightning.layers.hazards import detached_hook
-from lora_lightning.layers.shown import LoraHolder, Showing, follow, hold, let_go, parts_of
+from lora_lightning.layers.holder import LoraHolder, Showing, follow, hold, let_go, parts_of
 
 CHILD = "token_adapter"
 ROWS = "trainable_tokens_delta"
