@@ -48,7 +48,7 @@ def adapter_folder(place: str | os.PathLike[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     name, revision = found
-    wanted = [*ADAPTER_FILES, *TOKENIZER_FILES]
+    wanted = [*ADAPTER_FILES, *TOKENIZER_FILES, "additional_chat_templates/*"]
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except (OSError, ValueError) as error:

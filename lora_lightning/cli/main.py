@@ -13,6 +13,7 @@ _COMMANDS = {
     "prepare": "have model, data set and tokenised rows on this machine, for training without a network",
     "eval": "measure an adapter beside its base model: adapter=<folder> or ckpt_path=<file>",
     "to-adapter": "make an adapter folder from a checkpoint: <file> [<folder>]",
+    "merge": "write a whole model from an adapter and its base: <adapter> <folder> [--base NAME]",
     "sweep-report": "write and print what a sweep says: <folder> [--metric NAME] [--mode min|max]",
 }
 

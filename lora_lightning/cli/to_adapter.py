@@ -10,18 +10,6 @@ from pathlib import Path
 
 from lora_lightning.cli.told import told
 
-# What save_pretrained writes of a tokenizer, whichever kind it is.
-_TOKENIZER = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "additional_chat_templates",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-)
-
 
 def main(arguments: Sequence[str] | None = None, command: str | None = None) -> None:
     """Make the folder that the command line names.
@@ -72,7 +60,9 @@ def copy_tokenizer(source: Path, folder: Path) -> list[str]:
     """
     if not (source / "tokenizer_config.json").is_file():
         return []
-    found = sorted({path for pattern in _TOKENIZER for path in source.glob(pattern)})
+    from lora_lightning.adapters.hub import TOKENIZER_FILES  # torch: not for --help
+
+    found = sorted({path for pattern in TOKENIZER_FILES for path in source.glob(pattern)})
     for path in found:
         if path.is_dir():
             shutil.copytree(path, folder / path.name, dirs_exist_ok=True)

@@ -1,0 +1,186 @@
+"""The work of ``merge``: a base model is loaded, an adapter folded into it, and the whole written as one folder."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from lora_lightning.adapters import MergeReport, adapter_folder, load_adapter, merge_lora, read_record
+from lora_lightning.adapters.fingerprint import fingerprint
+from lora_lightning.adapters.folder import check_folder
+from lora_lightning.adapters.hub import WEIGHTS_FILE
+from lora_lightning.adapters.merge import fold_in
+from lora_lightning.adapters.merge_report import largest_difference, outputs_of
+from lora_lightning.cli.to_adapter import copy_tokenizer
+from lora_lightning.errors import AdapterError
+from lora_lightning.injection.state import the_root
+from lora_lightning.tasks.files import fetch_model
+from lora_lightning.tasks.hub_errors import explained
+from lora_lightning.tasks.model_config import ModelConfig
+
+# What a task type's model is loaded as; a causal model where an adapter does not say.
+_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+_HEADS = (".score.weight", ".classifier.weight", ".classifier.out_proj.weight")
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+
+
+def merge_into_folder(
+    adapter: str,
+    folder: Path,
+    *,
+    text: str,
+    base: str | None = None,
+    dtype: str = "auto",
+    exact: bool = False,
+    untie: bool = False,
+    any_base: bool = False,
+    max_shard_size: str = "5GB",
+    trust_remote_code: bool = False,
+) -> MergeReport:
+    """Write the model that an adapter and its base make together.
+
+    Args:
+        adapter: An adapter folder, or one on the Hub.
+        folder: Where the model goes: whole, or not at all.
+        text: What the outputs before and after are compared on.
+        base: Name or folder of the base model; None takes the adapter's word.
+        dtype: Of the weights: ``auto`` is the base's own, else the name of a torch dtype.
+        exact: Make every sum in float64.
+        untie: As `merge_lora` has it.
+        any_base: Take a base whose fingerprint is not that of the one in training.
+        max_shard_size: Of the files of weights.
+        trust_remote_code: Allow code from the base model's repository to run.
+
+    Returns:
+        What merging has done; its difference is that of the written model from the adapted one.
+
+    Raises:
+        AdapterError: The folder is there already, the adapter does not fit or is damaged, or the base is another.
+        LoraConfigError: The base model cannot be had.
+    """
+    if folder.exists():
+        raise AdapterError(f"{folder} is there already, and a model is not written over anything: name another folder")
+    place = adapter_folder(adapter)
+    config = check_folder(place)
+    name = base or config.get("base_model_name_or_path")
+    if not name:
+        raise AdapterError(f"{adapter} does not say what it was trained on: name the base model with --base")
+    settings = ModelConfig(name, None if base else config.get("revision"), trust_remote_code=trust_remote_code)
+    source = fetch_model(settings)
+    model = _load(settings, source, config, _labels(place), dtype)
+    _adapt(model, place, name, any_base=any_base)
+    batch = _batch(model, place, source, text, trust_remote_code)
+    before = outputs_of(model, batch)
+    report = merge_lora(model, safe=False, exact=exact, untie=untie)
+    if dtype != "auto":
+        _cast(model, getattr(torch, dtype))
+    report = replace(report, difference=largest_difference(before, outputs_of(model, batch)))
+    model.name_or_path = model.config.name_or_path = name
+    _write(model, folder, place, source, max_shard_size)
+    return report
+
+
+def _load(
+    settings: ModelConfig, source: Path, adapter: Mapping[str, Any], labels: int | None, dtype: str
+) -> PreTrainedModel:
+    """The base model, in a type that holds its stored weights and the merged ones."""
+    task = adapter.get("task_type") or "CAUSAL_LM"
+    trusted: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
+    with explained(settings):
+        own: PretrainedConfig = AutoConfig.from_pretrained(
+            source, **trusted, **({} if labels is None else {"num_labels": labels})
+        )
+        if getattr(own, "quantization_config", None) is not None:
+            raise AdapterError(
+                f"{settings.name} is quantised, and weights that are merged into it would be rounded to a few bits: "
+                "name the base of full precision with --base"
+            )
+        wanted: Any = "auto"
+        if dtype != "auto":
+            stored = getattr(own, "dtype", None) or torch.float32
+            stored = getattr(torch, stored) if isinstance(stored, str) else stored
+            wanted = torch.promote_types(stored, getattr(torch, dtype))
+        loader = getattr(transformers, _CLASSES[task])
+        return loader.from_pretrained(source, config=own, dtype=wanted, **trusted)
+
+
+def _labels(place: Path) -> int | None:
+    """How many classes a trained head tells apart, where there is one."""
+    with safe_open(place / WEIGHTS_FILE, "pt") as file:
+        heads = [key for key in file.keys() if key.endswith(_HEADS)]  # noqa: SIM118  # not a dict
+        return file.get_slice(heads[0]).get_shape()[0] if heads else None
+
+
+def _adapt(model: PreTrainedModel, place: Path, base: str, *, any_base: bool) -> None:
+    """Load the adapter, those that were folded in below it first, and look whether this is the base of its training."""
+    record = read_record(place)
+    for earlier in record.get("bases", ()):
+        fold_in(model, earlier)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*the base model is not the one")  # an error below
+        load_adapter(model, place)
+    root, told = the_root(model)[1], record.get("base_fingerprint")
+    # Training may have loaded the same weights in half precision.
+    own = [fingerprint(root, rounded_to) for rounded_to in (None, torch.bfloat16, torch.float16)]
+    if told is not None and told not in own and not any_base:
+        raise AdapterError(
+            f"{base} is not the model that {place} was trained on (its fingerprint is {own[0]}, that of the training "
+            f"{told}): name the right one with --base, or say --any-base to merge all the same"
+        )
+
+
+def _batch(model: PreTrainedModel, place: Path, source: Path, text: str, trust_remote_code: bool) -> dict[str, Tensor]:
+    """The text as token numbers; the first numbers there are, where there is no tokenizer."""
+    folder = next((each for each in (place, source) if (each / "tokenizer_config.json").is_file()), None)
+    if folder is not None:
+        batch = dict(
+            AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)(text, return_tensors="pt")
+        )
+    else:
+        batch = {"input_ids": torch.arange(16)[None] % model.config.get_text_config().vocab_size}
+    if model.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = batch["input_ids"]
+    return batch
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Parameters alone: buffers that are computed (a rotary embedding's frequencies) stay what they are."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+def _write(model: PreTrainedModel, folder: Path, place: Path, source: Path, max_shard_size: str) -> None:
+    """Write the folder aside and rename it, so that it is whole or not there."""
+    aside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        model.save_pretrained(aside, max_shard_size=max_shard_size)
+        if not (copy_tokenizer(place, aside) or copy_tokenizer(source, aside)):
+            print(f"{folder} has no tokenizer: there is none beside the adapter or its base", file=sys.stderr)
+        for name in _PROCESSORS:
+            if (source / name).is_file():
+                shutil.copy2(source / name, aside / name)
+        aside.rename(folder)
+    except OSError as error:
+        raise AdapterError(f"{folder} could not be written: {error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
