@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lora_lightning.errors import LoraConfigError, did_you_mean
 from lora_lightning.reports.recorder import write_json
@@ -25,7 +26,7 @@ NAME = "rungs.json"
 class Rungs(pl.Callback):
     """Compares a job with others at each rung, and ends its fit where it is among the worse.
 
-    A rung that falls between two validations brings one of its own.
+    A rung that falls between two validations brings one of its own, at which a job that goes on writes no checkpoint.
 
     Args:
         player: Through which the job reports.
@@ -48,6 +49,7 @@ class Rungs(pl.Callback):
         self._steps: list[int] = []
         self._reported: list[float] = []
         self._decided = 0
+        self._brought = False  # whether the validation at hand is there for a rung alone
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find out where the rungs are, and have a validation at each.
@@ -80,6 +82,8 @@ class Rungs(pl.Callback):
             self._stand(trainer)
             if trainer.should_stop or self._decided < len(self._reported):
                 return
+            if self._brought:
+                _leave_unsaved(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the loop as it was."""
@@ -94,7 +98,10 @@ class Rungs(pl.Callback):
         self._reported, self._decided = list(state_dict["reported"]), state_dict["decided"]
 
     def _is_due(self, trainer: pl.Trainer, due: Callable[[Any], bool], fetcher: Any) -> bool:
-        return due(fetcher) or (not trainer.fit_loop.epoch_loop._should_accumulate() and self._is_at_rung(trainer))
+        meant = due(fetcher)
+        at_rung = not trainer.fit_loop.epoch_loop._should_accumulate() and self._is_at_rung(trainer)
+        self._brought = at_rung and not meant
+        return meant or at_rung
 
     def _is_at_rung(self, trainer: pl.Trainer) -> bool:
         ahead = self._steps[len(self._reported) :]
@@ -121,3 +128,10 @@ class Rungs(pl.Callback):
             f"sweep.halving compares jobs by optimized_metric={self._metric!r}, which a validation does not measure"
             f"{did_you_mean(name, known)}. Measured are {', '.join(known) or 'none'}"
         )
+
+
+def _leave_unsaved(trainer: pl.Trainer) -> None:
+    """Let checkpoint callbacks, which come last, take this step for one that they have saved."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            callback._last_global_step_saved = trainer.global_step

@@ -6,6 +6,7 @@ import json
 
 import pytest
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lora_lightning.errors import LoraConfigError
@@ -25,14 +26,15 @@ class WithoutRows(Measured):
         return []
 
 
-def fit(folder, *, stays=True, task=Measured, max_steps=16, **settings):
+def fit(folder, *, stays=True, task=Measured, max_steps=16, saving=None, **settings):
     """Fit 16 steps, whose rungs are at 2, 4 and 8; what was handed in, and the trainer."""
     handed = []
 
     def work(player):
         rungs = Rungs(player, Plan(first=0.125), "val_loss", folder)
         trainer = Trainer(
-            max_steps=max_steps, accelerator="cpu", callbacks=[rungs], logger=False, enable_checkpointing=False,
+            max_steps=max_steps, accelerator="cpu", callbacks=[rungs, *([saving] if saving else [])], logger=False,
+            enable_checkpointing=saving is not None,
             enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder, **settings,
         )  # fmt: skip
         handed.append((trainer, rungs))
@@ -62,6 +64,15 @@ def test_whoever_is_among_the_worse_ends_there(tmp_path):
     assert requests == [(0, 2)]
     assert trainer.global_step == 2
     assert rungs.ended_by == "halving at step 2, place 1 of 1"
+
+
+@pytest.mark.parametrize(
+    ("stays", "every", "saved"), [(True, 16, [16]), (True, 4, [4, 8, 12, 16]), (False, 16, [2]), (False, 2, [2])]
+)
+def test_a_job_that_goes_on_saves_at_its_own_validations_only(tmp_path, stays, every, saved):
+    saving = ModelCheckpoint(dirpath=tmp_path / "ckpt", filename="{step}", save_top_k=-1, monitor="val_loss")
+    fit(tmp_path, stays=stays, saving=saving, val_check_interval=every, num_sanity_val_steps=0)
+    assert sorted(int(path.stem.partition("=")[2]) for path in (tmp_path / "ckpt").glob("*.ckpt")) == saved
 
 
 @pytest.mark.parametrize(("task", "settings"), [(Measured, {"limit_val_batches": 0}), (WithoutRows, {})])
