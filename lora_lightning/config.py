@@ -168,7 +168,7 @@ class LoraConfig:
     @property
     def variant(self) -> str:
         """The name under which ``lora_lightning.layers.KINDS`` has this config's layers."""
-        return "dora" if self.use_dora else "lora"
+        return "dora" if self.use_dora else "lora_bias" if self.lora_bias else "lora"
 
     @property
     def _adapts_else(self) -> bool:
@@ -214,6 +214,10 @@ class LoraConfig:
             odd = [rank for rank in ranks if isinstance(rank, int) and rank % 2]
             if odd:
                 problems.append(f"init_lora_weights='orthogonal' needs even ranks, got r={odd[0]}")
+        if self.lora_bias and self.use_dora:
+            problems.append("lora_bias does not go with use_dora, which has no place for a bias of B (nor in PEFT)")
+        if self.lora_bias and not isinstance(self.init_lora_weights, bool):
+            problems.append(f"lora_bias needs init_lora_weights true or false, got {self.init_lora_weights!r}")
         return problems + self._layer_problems()
 
     def _layer_problems(self) -> list[str]:

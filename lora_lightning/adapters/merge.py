@@ -52,6 +52,8 @@ def merge_lora(
     model = unwrap(model)
     root = the_root(model)[1]
     layers = dict(lora_layers(model))
+    if whys := [f"{name} {why}" for name, layer in layers.items() if (why := layer.lora_unmergeable()) is not None]:
+        raise AdapterError("not merged:" + "".join(f"\n  - {why}" for why in whys[:4]))
     before = None if check_on is None else outputs_of(model, check_on)
     rows: list[MergedTensor] = []
     bad: list[str] = []

@@ -82,7 +82,7 @@ def _normal(shape: tuple[int, ...], generator: Generator) -> Tensor:
 
 def _uniform(shape: tuple[int, ...], generator: Generator) -> Tensor:
     drawn = torch.rand(shape, generator=generator, device="cpu", dtype=torch.float32)
-    return drawn.mul_(2).sub_(1).div_(math.sqrt(shape[1]))
+    return drawn.mul_(2).sub_(1).div_(math.sqrt(math.prod(shape[1:])))
 
 
 INITIALISERS: dict[bool | str, Callable[[LoraLayer, Generator], tuple[Tensor, Tensor]]] = {

@@ -92,7 +92,7 @@ def _inject(model: nn.Module, config: LoraConfig, seed: int, *, fill: bool = Tru
 
 # What a config can say and injection cannot do yet.
 _MISSING = (
-    *("lora_bias", "target_parameters", "trainable_token_indices", "ensure_weight_tying", "layer_replication"),
+    *("target_parameters", "trainable_token_indices", "ensure_weight_tying", "layer_replication"),
     "alora_invocation_tokens",
 )
 _MISSING_STARTS = ("pissa", "olora", "loftq", "eva", "corda", "lora_ga", "mica")

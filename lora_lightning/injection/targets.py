@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
 from lora_lightning.config import ALL_LINEAR, TASK_HEADS, LoraConfig
 from lora_lightning.errors import LoraConfigError, did_you_mean
+from lora_lightning.injection.attentions import attention_hindrance, meant_by, with_projections
 from lora_lightning.injection.matching import compiled_patterns, entries_for, matches, pattern_value
 from lora_lightning.injection.names import canonical_modules
 from lora_lightning.layers import LoraLayer, is_linear, kind_of, why_not
@@ -52,12 +53,13 @@ def resolve(root: nn.Module, config: LoraConfig, outside: nn.Module | None = Non
     taken = {id(part) for module in in_full.values() for part in module.modules()}
     meant = _meant(root, modules, config, problems)
     chosen: dict[str, nn.Module] = {}
-    for name in _without_attention_children(meant, modules):
+    for name in with_projections(meant, modules, config):
         layer = modules[name]
         if id(layer) in taken:
             continue
         taken.add(id(layer))
-        if not isinstance(layer, LoraLayer) and (reason := _hindrance(layer, config)) is not None:
+        r = int(pattern_value(config.rank_pattern, meant_by(name, chosen), config.r))
+        if not isinstance(layer, LoraLayer) and (reason := _hindrance(name, modules, config, r)) is not None:
             problems.append(f"{name or 'the model'} cannot be adapted: {reason}")
         chosen[name] = layer
     if not chosen and not problems:
@@ -71,21 +73,33 @@ def resolve(root: nn.Module, config: LoraConfig, outside: nn.Module | None = Non
         Target(
             name,
             layer,
-            int(pattern_value(config.rank_pattern, name, config.r)),
-            pattern_value(config.alpha_pattern, name, config.lora_alpha),
+            int(pattern_value(config.rank_pattern, meant, config.r)),
+            pattern_value(config.alpha_pattern, meant, config.lora_alpha),
         )
         for name, layer in chosen.items()
+        for meant in [meant_by(name, chosen)]
     ]
     _warn_wide(targets)
     return Plan(targets, in_full)
 
 
-def _hindrance(layer: nn.Module, config: LoraConfig) -> str | None:
+def _hindrance(name: str, modules: Mapping[str, nn.Module], config: LoraConfig, r: int) -> str | None:
     """Why a layer cannot be adapted as the config says, with the remedy; None where nothing stands in the way."""
+    layer = modules[name]
     kind = kind_of(layer, config.variant)
     if kind is None:
-        return f"use_{config.variant} does not go with a layer of class {type(layer).__name__}"
-    return why_not(layer) or kind.lora_hindrance(layer)
+        field = config.variant if hasattr(config, config.variant) else f"use_{config.variant}"
+        return f"{field} does not go with a layer of class {type(layer).__name__}"
+    start = config.init_lora_weights
+    if kind.lora_starts is not None and start not in kind.lora_starts:
+        listed = ", ".join(str(each).lower() for each in kind.lora_starts)
+        return f"init_lora_weights={start!r} is not for a {type(layer).__name__}, which can begin with: {listed}"
+    return (
+        why_not(layer)
+        or kind.lora_hindrance(layer)
+        or kind.lora_rank_hindrance(layer, r)
+        or attention_hindrance(name, modules)
+    )
 
 
 def _meant(root: nn.Module, modules: dict[str, nn.Module], config: LoraConfig, problems: list[str]) -> list[str]:
@@ -174,20 +188,6 @@ def _modules_in_full(
     return found
 
 
-def _without_attention_children(names: Iterable[str], modules: dict[str, nn.Module]) -> list[str]:
-    """Leave out what ``nn.MultiheadAttention`` reads without calling: an adapter there would get no gradient."""
-    parents = {name for name, module in modules.items() if isinstance(module, nn.MultiheadAttention)}
-    names = list(names)
-    skipped = [name for name in names if name.rpartition(".")[0] in parents] if parents else []
-    if skipped:
-        warnings.warn(
-            f"not adapted: {_some(skipped)} inside nn.MultiheadAttention, which reads the weight and never calls the "
-            "layer, so that an adapter there would do nothing",
-            stacklevel=5,
-        )
-    return [name for name in names if name not in skipped]
-
-
 def _no_match(
     field: str,
     entry: str,
@@ -237,7 +237,8 @@ def _warn_wide(targets: list[Target]) -> None:
     wide = []
     for target in targets:
         kind = kind_of(target.layer)
-        if kind is not None and target.r > min(sides := kind.lora_sides(target.layer)):
+        if kind is not None and target.r > kind.lora_largest_rank(target.layer):
+            sides = kind.lora_sides(target.layer)
             wide.append(f"{target.name} ({sides[0]} to {sides[1]}, r={target.r})")
     if wide:
         warnings.warn(

@@ -13,7 +13,8 @@ from torch import nn
 
 from lora_lightning.injection.names import canonical_modules
 from lora_lightning.injection.source import called_on_one_input, is_formula
-from lora_lightning.layers import DoraLinear, LoraLinear, plain_class, rotary
+from lora_lightning.layers import DoraLinear, LoraLayer, LoraLinear, plain_class, rotary
+from lora_lightning.layers.attention import LoraReadsOutProj
 from lora_lightning.layers.gated import FORMULA, LoraGated, activation_of
 from lora_lightning.layers.group import LoraGroup
 from lora_lightning.layers.hazards import why_not
@@ -41,7 +42,7 @@ def compute_apart(root: nn.Module) -> None:
     """Undo :func:`compute_together`; layers leave their groups when they lose their adapters."""
     for module in root.modules():
         plain = plain_class(module)
-        if plain is not None and isinstance(module, (LoraGated, PackedGated, LoraNorm, LoraRotary)):
+        if plain is not None and isinstance(module, _OVER_BLOCKS):
             module.__class__ = plain  # type: ignore[assignment]
 
 
@@ -67,6 +68,7 @@ def _shares(layer: nn.Module | None) -> bool:
     return getattr(type(layer), "forward", None) in [kind.forward for kind in _SHARING]
 
 
+_OVER_BLOCKS = (LoraGated, PackedGated, LoraNorm, LoraRotary, LoraReadsOutProj)
 _SHARING = (LoraLinear, DoraLinear, PackedLoraLinear)
 _GATED = {LoraLinear: LoraGated, PackedLoraLinear: PackedGated}
 """What a gated block becomes whose layers are of a kind."""
@@ -76,7 +78,9 @@ def _over(module: nn.Module) -> type[nn.Module] | None:
     """The class that may be put over a module's own, or None."""
     kind: type = type(module)
     over: type[nn.Module] | None
-    if not module._modules:
+    if isinstance(module, nn.MultiheadAttention):
+        over = LoraReadsOutProj if isinstance(module.out_proj, LoraLayer) else None
+    elif not module._modules:
         over = _norm_over(module, kind)
     elif (gated := _gated_over(module, kind)) is not None:
         over = gated

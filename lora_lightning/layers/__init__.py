@@ -12,8 +12,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from lora_lightning.layers.attention import LoraMultiheadAttention, LoraOverAttention
 from lora_lightning.layers.base import LoraLayer, adapter_dtype
+from lora_lightning.layers.bias import BiasConv, BiasLinear, BiasOverConv, BiasOverLinear
+from lora_lightning.layers.conv import LoraConv, LoraOverConv
 from lora_lightning.layers.dora import DoraEmbedding, DoraLayer, DoraLinear, DoraOverEmbedding, DoraOverLinear
+from lora_lightning.layers.dora_conv import DoraConv, DoraOverConv
 from lora_lightning.layers.embedding import LoraEmbedding, LoraOverEmbedding
 from lora_lightning.layers.group import dissolve
 from lora_lightning.layers.hazards import detached_hook, why_not
@@ -38,8 +42,14 @@ __all__ = [
 _Kinds = list[tuple[type[LoraLayer], type[LoraLayer]]]
 # For each variant: (class with a forward of its own, class that adds to any forward)
 KINDS: dict[str, _Kinds] = {
-    "lora": [(LoraLinear, LoraOverLinear), (LoraEmbedding, LoraOverEmbedding)],
-    "dora": [(DoraLinear, DoraOverLinear), (DoraEmbedding, DoraOverEmbedding)],
+    "lora": [
+        (LoraLinear, LoraOverLinear),
+        (LoraEmbedding, LoraOverEmbedding),
+        (LoraConv, LoraOverConv),
+        (LoraMultiheadAttention, LoraOverAttention),
+    ],
+    "dora": [(DoraLinear, DoraOverLinear), (DoraEmbedding, DoraOverEmbedding), (DoraConv, DoraOverConv)],
+    "lora_bias": [(BiasLinear, BiasOverLinear), (BiasConv, BiasOverConv)],
 }
 
 
@@ -76,7 +86,7 @@ def adapt(layer: nn.Module, r: int, lora_alpha: float, scaling: float, dropout: 
     kind = kind_of(layer, variant)
     if kind is None or isinstance(layer, LoraLayer):
         raise TypeError(f"no adapter can be added to a layer of class {type(layer).__name__}")
-    weight = cast("torch.Tensor", layer.weight)
+    weight = kind.lora_weight_of(layer)
     options: dict[str, Any] = {"dtype": adapter_dtype(weight), "device": weight.device}
     with detached_hook(layer):
         for name, shape in kind.lora_shapes(layer, r).items():
@@ -121,9 +131,11 @@ def _lora_class(plain: type[nn.Module], variant: str) -> type[LoraLayer] | None:
 
 def _find_or_make(plain: type[nn.Module], variant: str) -> type[LoraLayer] | None:
     for own, over in _kinds(variant):
-        base = own.lora_base_class
-        if plain is base:
-            return cast("type[LoraLayer]", declare(own, plain))
-        if issubclass(plain, base):
-            return cast("type[LoraLayer]", made_class(own if plain.forward is base.forward else over, plain))
+        known = own.lora_base_class
+        for base in known if isinstance(known, tuple) else (known,):
+            if plain is base and issubclass(own, base):
+                return cast("type[LoraLayer]", declare(own, plain))
+            if issubclass(plain, base):
+                same = all(getattr(plain, name) is getattr(base, name) for name in own.lora_reads)
+                return cast("type[LoraLayer]", made_class(own if same else over, plain))
     return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,9 @@ class LoraLayer(_Module):
         lora_scaling: The scale ``s``.
         lora_dropout: Probability of dropping an input of ``A`` while the layer is in train mode.
         lora_enabled: False gives the base layer's output.
+        lora_base_class: What a plain layer of this kind is.
+        lora_starts: Which ``init_lora_weights`` the kind can begin with; None where it is any.
+        lora_reads: The methods of that class whose formula a class with a forward of its own takes for known.
     """
 
     lora_A: nn.Parameter
@@ -46,8 +49,12 @@ class LoraLayer(_Module):
     lora_dropout: float
     lora_enabled: bool
     lora_kind: ClassVar[str]
-    lora_base_class: ClassVar[type[nn.Module]]
+    lora_base_class: ClassVar[type[nn.Module] | tuple[type[nn.Module], ...]]
+    lora_reads: ClassVar[tuple[str, ...]] = ("forward",)
     lora_parameter_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
+    lora_starts: ClassVar[tuple[bool | str, ...] | None] = None
+    lora_still: tuple[str, ...] = ()
+    """Those of the adapter's parameters that do not train."""
 
     @staticmethod
     def lora_sides(layer: nn.Module) -> tuple[int, int]:
@@ -67,6 +74,21 @@ class LoraLayer(_Module):
     def lora_hindrance(cls, layer: nn.Module) -> str | None:
         """Why a layer cannot have this variant, beside what hinders any; None where nothing does."""
         return None
+
+    @classmethod
+    def lora_rank_hindrance(cls, layer: nn.Module, r: int) -> str | None:
+        """Why a layer cannot have an adapter of rank ``r``; None where nothing stands in the way."""
+        return None
+
+    @classmethod
+    def lora_largest_rank(cls, layer: nn.Module) -> int:
+        """The rank beyond which an update gains nothing."""
+        return min(cls.lora_sides(layer))
+
+    @staticmethod
+    def lora_weight_of(layer: nn.Module) -> Tensor:
+        """The weight of a plain layer of this kind."""
+        return cast("Tensor", layer.weight)
 
     @property
     def lora_own(self) -> dict[str, nn.Parameter]:
@@ -89,9 +111,21 @@ class LoraLayer(_Module):
         """The weight of a plain layer that gives this one's outputs, from the base's and ``s · B A`` in its shape."""
         return weight + delta
 
+    def lora_shown(self) -> dict[str, Tensor]:
+        """What a parent that reads the layer's tensors, and never calls it, has to find there; with gradients."""
+        return {"weight": self.lora_merged(self.weight, self.lora_weight_delta()).to(self.weight.dtype)}
+
+    def lora_along(self, values: Tensor) -> Tensor:
+        """One value an output, ``(out,)``, in a shape to be put beside an output."""
+        return values
+
     # ---- merging, by the names of the base's tensors that it changes: those of a child have a dot in them
 
     lora_folds: tuple[str, ...] = ("weight",)
+
+    def lora_unmergeable(self) -> str | None:
+        """Why the adapter cannot be folded into the base, said of the layer; None where it can."""
+        return None
 
     def lora_delta_of(self, name: str) -> Tensor:
         """What merging adds to a tensor of :attr:`lora_folds` (``weight`` goes through :meth:`lora_merged`)."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_lightning.layers.base import LoraLayer
+from lora_lightning.layers.bias import BiasLayer
 from lora_lightning.layers.dora import DoraLayer
 from lora_lightning.layers.dora_functional import Scaled, dora_linears
 from lora_lightning.layers.functional import Adapted, lora_linear
@@ -62,7 +63,23 @@ class DoraConv1D(DoraOverConv1D, Conv1D):
         return dora_linears(x, [Scaled(layer, self.lora_magnitude, self.lora_norm())], self._active_dropout)[0]
 
 
+class BiasOverConv1D(BiasLayer, LoraOverConv1D):
+    """A bias on ``B``, over a subclass of ``Conv1D`` that has a forward of its own."""
+
+
+class BiasConv1D(BiasOverConv1D, Conv1D):
+    """``Conv1D`` with a low-rank update and a bias in it."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # as Conv1D's
+        """``(..., in) -> (..., out)``."""
+        if not self.lora_enabled:
+            return Conv1D.forward(self, x)
+        bias, dropout = self.lora_whole_bias(), self._active_dropout
+        return lora_linear(x, self.weight.t(), bias, self.lora_A, self.lora_B, self.lora_scaling, dropout)
+
+
 CONV1D_KINDS: dict[str, tuple[type[LoraLayer], type[LoraLayer]]] = {
     "lora": (LoraConv1D, LoraOverConv1D),
     "dora": (DoraConv1D, DoraOverConv1D),
+    "lora_bias": (BiasConv1D, BiasOverConv1D),
 }

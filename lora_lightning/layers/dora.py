@@ -77,7 +77,7 @@ class DoraLayer(LoraLayer):
     def lora_merged(self, weight: Tensor, delta: Tensor) -> Tensor:
         """``m/‖W + s B A‖ · (W + s B A)``."""
         direction = weight + delta
-        norm = torch.linalg.vector_norm(direction, dim=0 if self.lora_in_first else 1)
+        norm = torch.linalg.vector_norm(direction.detach(), dim=0 if self.lora_in_first else 1)
         c = ratio(beside(self.lora_magnitude.to(norm.dtype), norm), norm)
         return direction * (c if self.lora_in_first else c[:, None])
 
