@@ -15,7 +15,7 @@ from lora_lightning.errors import LoraConfigError, did_you_mean
 from lora_lightning.injection.attentions import attention_hindrance, meant_by, with_projections
 from lora_lightning.injection.matching import compiled_patterns, entries_for, matches, pattern_value
 from lora_lightning.injection.names import canonical_modules
-from lora_lightning.layers import LoraLayer, is_linear, kind_of, why_not
+from lora_lightning.layers import LoraLayer, is_linear, is_quantised, kind_of, why_not
 
 
 @dataclass(frozen=True)
@@ -185,6 +185,12 @@ def _modules_in_full(
         found.update(hits)
     for entry in TASK_HEADS.get(config.task_type or "", ()):
         found.update({name: module for name, module in modules.items() if name and matches([entry], name)})
+    for name, module in found.items():
+        if any(is_quantised(part) for part in module.modules()):
+            problems.append(
+                f"{name} cannot be trained in full: its weight is quantised. Leave it out of modules_to_save, or load "
+                "the model with it unquantised (llm_int8_skip_modules of BitsAndBytesConfig)"
+            )
     return found
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from lora_lightning.layers.attention import LoraMultiheadAttention, LoraOverAttention
 from lora_lightning.layers.base import LoraLayer, adapter_dtype
 from lora_lightning.layers.bias import BiasConv, BiasLinear, BiasOverConv, BiasOverLinear
+from lora_lightning.layers.bits import is_quantised
 from lora_lightning.layers.conv import LoraConv, LoraOverConv
 from lora_lightning.layers.dora import DoraEmbedding, DoraLayer, DoraLinear, DoraOverEmbedding, DoraOverLinear
 from lora_lightning.layers.dora_conv import DoraConv, DoraOverConv
@@ -23,6 +24,7 @@ from lora_lightning.layers.group import dissolve
 from lora_lightning.layers.hazards import detached_hook, why_not
 from lora_lightning.layers.linear import LoraLinear, LoraOverLinear
 from lora_lightning.layers.made import declare, made_class, plain_class
+from lora_lightning.layers.quantised import QUANTISED_KINDS
 
 __all__ = [
     "DoraEmbedding",
@@ -33,6 +35,7 @@ __all__ = [
     "LoraLinear",
     "adapt",
     "is_linear",
+    "is_quantised",
     "kind_of",
     "plain_class",
     "restore",
@@ -63,7 +66,11 @@ def _kinds(variant: str) -> _Kinds:
 
 def kind_of(layer: nn.Module, variant: str = "lora") -> type[LoraLayer] | None:
     """The adapted class that fits a layer (its own, if it is adapted already), or None where there is none."""
-    return type(layer) if isinstance(layer, LoraLayer) else _lora_class(type(layer), variant)
+    if isinstance(layer, LoraLayer):
+        return type(layer)
+    if is_quantised(layer) and variant in QUANTISED_KINDS:
+        return cast("type[LoraLayer]", made_class(QUANTISED_KINDS[variant], type(layer)))
+    return _lora_class(type(layer), variant)
 
 
 def is_linear(layer: nn.Module) -> bool:

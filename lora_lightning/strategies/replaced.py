@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import nn
 
 from lora_lightning.errors import LoraConfigError
+from lora_lightning.layers.bits import bits_of, is_quantised
 
 _CASTING = (HalfPrecision, DoublePrecision, FSDPPrecision, DeepSpeedPrecision)
 _MARK = "_lora_"  # what injection leaves in a module's dictionary begins so
@@ -24,6 +25,10 @@ def convert_first(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     plugin = trainer.precision_plugin
     if type(plugin).convert_module is not Precision.convert_module and not isinstance(plugin, _CASTING):
         plugin.convert_module(pl_module)
+        for layer in pl_module.modules():
+            # bitsandbytes quantises on the way to the device. What is noted of the base is to be of what is trained on.
+            if is_quantised(layer) and bits_of(layer) is None:
+                layer.to(trainer.strategy.root_device)
 
 
 def keep_marks(strategy: Strategy) -> None:

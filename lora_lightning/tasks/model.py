@@ -29,6 +29,7 @@ from lora_lightning.tasks.demo import is_demo, prepare_demo
 from lora_lightning.tasks.dtype import likely_device, pick_dtype
 from lora_lightning.tasks.hub_errors import check_local_folder, explained
 from lora_lightning.tasks.model_config import ModelConfig
+from lora_lightning.tasks.quantisation import quantised
 
 ModelKind = Literal["causal_lm", "sequence_classification"]
 _AUTO_CLASSES = {"causal_lm": AutoModelForCausalLM, "sequence_classification": AutoModelForSequenceClassification}
@@ -75,6 +76,7 @@ def load_model(config: ModelConfig, kind: ModelKind, **settings: Any) -> PreTrai
         if config.in_parts:
             model = _without_memory(kind, own_config, choices, source)
         else:
+            choices |= quantised(config, own_config, choices["dtype"])
             model = _AUTO_CLASSES[kind].from_pretrained(**source, config=own_config, **choices)
         if config.gradient_checkpointing:
             # Re-entrant checkpointing gives adapters behind frozen embeddings no gradient.

@@ -9,6 +9,7 @@ from typing import Any
 from lora_lightning.errors import LoraConfigError, did_you_mean
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTISATIONS = ("nf4", "fp4", "int8")
 _BULLET = "\n  - "
 
 
@@ -21,6 +22,9 @@ class ModelConfig:
         revision: Branch, tag or commit on the Hub; None is its main branch.
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: the type the checkpoint was saved in where the
             machine computes it natively, float32 where it would be emulated.
+        quantisation: Keep the weights of linear layers in few bits (QLoRA): ``nf4`` or ``fp4`` (4 bits), ``int8``; needs
+            bitsandbytes. None leaves them as they are stored. ``dtype`` is then what products are computed in.
+        double_quantisation: Quantise the scales of 4-bit weights as well: 0.37 bits less for each weight.
         attn_implementation: Passed on to transformers (``sdpa``, ``eager``, ``flash_attention_2`` …); None lets
             transformers choose.
         gradient_checkpointing: Trade time for memory: recompute activations in the backward pass.
@@ -41,6 +45,8 @@ class ModelConfig:
     name: str
     revision: str | None = None
     dtype: str = "auto"
+    quantisation: str | None = None
+    double_quantisation: bool = True
     attn_implementation: str | None = None
     gradient_checkpointing: bool = False
     compile: bool = False
@@ -84,11 +90,18 @@ class ModelConfig:
             problems.append(
                 f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}{did_you_mean(str(self.dtype), DTYPES)}"
             )
+        if self.quantisation is not None and self.quantisation not in QUANTISATIONS:
+            problems.append(
+                f"quantisation must be one of {', '.join(QUANTISATIONS)} or null, got {self.quantisation!r}"
+                f"{did_you_mean(str(self.quantisation), QUANTISATIONS)}"
+            )
+        if self.quantisation is not None and self.in_parts is True:
+            problems.append("in_parts reads plain weights only: quantisation must be null beside it, or in_parts false")
         for key in ("revision", "attn_implementation", "chat_template"):
             value = getattr(self, key)
             if value is not None and not isinstance(value, str):
                 problems.append(f"{key} must be text or null, got {value!r}")
-        for key in ("gradient_checkpointing", "compile", "in_parts", "trust_remote_code"):
+        for key in ("double_quantisation", "gradient_checkpointing", "compile", "in_parts", "trust_remote_code"):
             if not isinstance(getattr(self, key), bool):
                 problems.append(f"{key} must be true or false, got {getattr(self, key)!r}")
         return problems

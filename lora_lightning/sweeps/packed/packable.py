@@ -145,6 +145,8 @@ def _of_model(model: Mapping[str, Any], base: Mapping[str, Any] | None) -> Itera
         yield "model.gradient_checkpointing runs layers twice"
     if model.get("compile"):
         yield "model.compile makes one program of its layers"
+    if quantisation := model.get("quantisation"):
+        yield f"model.quantisation={quantisation} keeps its base in few bits"
     if model.get("in_parts"):
         yield "model.in_parts reads the base for itself"
     yield from why_base_alone(base or {})
