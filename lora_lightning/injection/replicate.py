@@ -116,8 +116,14 @@ def take_back(replicated: Replicated) -> None:
 
 
 def _sharing_copy(layer: nn.Module) -> nn.Module:
-    """A copy with the same parameters."""
-    return copy.deepcopy(layer, {id(parameter): parameter for parameter in layer.parameters()})
+    """A copy with the same parameters, and the model's own config where a part has it."""
+    shared = [*layer.parameters(), *_configs(layer)]
+    return copy.deepcopy(layer, {id(each): each for each in shared})
+
+
+def _configs(module: nn.Module) -> list[Any]:
+    found = (vars(part).get("config") for part in module.modules())
+    return list({id(config): config for config in found if config is not None}.values())
 
 
 def _stack_of(root: nn.Module) -> tuple[nn.Module, str]:
@@ -140,12 +146,12 @@ def _stack_of(root: nn.Module) -> tuple[nn.Module, str]:
 
 def _settings(root: nn.Module, count: int, order: Sequence[int]) -> Iterator[tuple[Any, str, Any, Any]]:
     """The number of layers, and lists with a value for each layer, of every config in the model."""
-    configs = {id(config): config for m in root.modules() if (config := vars(m).get("config")) is not None}
-    for config in configs.values():
+    for config in _configs(root):
         if getattr(config, _COUNT, None) != count:
             continue
+        number = getattr(config, "attribute_map", {}).get(_COUNT, _COUNT)  # GPT-2 calls it n_layer
         for name, value in vars(config).items():
-            if name == _COUNT:
+            if name == number:
                 yield config, name, value, len(order)
             elif isinstance(value, list) and len(value) == count:
                 yield config, name, value, [value[number] for number in order]

@@ -66,7 +66,7 @@ def tokens_meant(
             problems.append(f"trainable_token_indices: {entry!r} matches nothing{_near(entry, modules)}")
         named.update(dict.fromkeys(hits, tokens))
     found: list[TokenTarget] = []
-    source = _input_name(root, modules)
+    source = input_name(root, modules)
     for name in sorted(named, key=lambda name: name != source):  # the input embedding before what may be tied to it
         if any(name in target.followers for target in found):
             continue
@@ -101,10 +101,10 @@ def tied_to(root: nn.Module, modules: Mapping[str, nn.Module], name: str) -> lis
 
 
 def _for_input(root: nn.Module, modules: Mapping[str, nn.Module], tokens: list[int]) -> dict[str, list[int]]:
-    return {_input_name(root, modules) or "embed_tokens": tokens}
+    return {input_name(root, modules) or "embed_tokens": tokens}
 
 
-def _input_name(root: nn.Module, modules: Mapping[str, nn.Module]) -> str | None:
+def input_name(root: nn.Module, modules: Mapping[str, nn.Module]) -> str | None:
     get: Any = getattr(root, "get_input_embeddings", None)
     embeddings = get() if callable(get) else None
     return next((name for name, module in modules.items() if module is embeddings), None)
