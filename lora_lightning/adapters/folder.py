@@ -23,12 +23,14 @@ from lora_lightning.adapters.hub import CONFIG_FILE, OUTSIDE_FILE, RECORD_FILE, 
 from lora_lightning.adapters.one_scale import with_one_scale
 from lora_lightning.adapters.peft_config import from_peft_config, to_peft_config
 from lora_lightning.adapters.peft_names import PREFIX, as_written_here, peft_names, prefix_hint
+from lora_lightning.adapters.peft_notes import warn_of_peft
 from lora_lightning.adapters.tensor_file import is_finite, names_in, read_tensors, write_tensors
 from lora_lightning.adapters.written import unwritten, written_aside
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import AdapterError, LoraConfigError
 from lora_lightning.injection import LoraReport, freeze_base, report_of, unload_lora
 from lora_lightning.injection.inject import inject_unfilled
+from lora_lightning.injection.attentions import meant_by
 from lora_lightning.injection.matching import pattern_value
 from lora_lightning.injection.names import find_root, unwrap
 from lora_lightning.injection.state import (
@@ -295,9 +297,11 @@ def _check_fit(
     if missing := sorted(name for name in own - given.keys() if not name.endswith(_STATISTICS)):
         problems.append(f"missing: {', '.join(missing[:4])}" + (f" and {len(missing) - 4} more" if missing[4:] else ""))
         problems += [hint] if hint else []
-    for name, layer in lora_layers(root):
-        r = int(pattern_value(config.rank_pattern, name, config.r))
-        scaling = config.scaling(r, pattern_value(config.alpha_pattern, name, config.lora_alpha))
+    layers = dict(lora_layers(root))
+    for name, layer in layers.items():
+        meant = meant_by(name, layers)
+        r = int(pattern_value(config.rank_pattern, meant, config.r))
+        scaling = config.scaling(r, pattern_value(config.alpha_pattern, meant, config.lora_alpha))
         if (r, scaling) != (layer.lora_r, layer.lora_scaling):
             problems.append(
                 f"{name} has r={layer.lora_r}, scale {layer.lora_scaling:g} in the model; "
@@ -312,6 +316,8 @@ def _remember(root: nn.Module, folder: Path) -> None:
     """Take over the folder's record, and warn where the base is not the one that the adapter was trained on."""
     record, own = read_record(folder), record_of(root)
     own.bases, own.source = tuple(record.get("bases", ())), str(folder.resolve())
+    if not record:
+        warn_of_peft(root, str(folder))
     warn_of_other_base(record, root, str(folder))
 
 

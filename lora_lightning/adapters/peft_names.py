@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from lora_lightning.injection.attentions import meant_by
 from lora_lightning.injection.state import lora_layers, lora_state_dict
 
 PREFIX = "base_model.model."
@@ -24,12 +25,18 @@ def peft_names(root: nn.Module) -> dict[str, str]:
 
 def _peft_name(name: str, adapted: dict[str, str]) -> str:
     layer, _, local = name.rpartition(".")
-    if layer not in adapted:
+    kind, parent = adapted.get(layer), layer.rpartition(".")[0]
+    if layer and adapted.get(parent) == "MultiheadAttention":  # PEFT wraps itself around that too
+        layer = f"{parent}.base_layer.{layer.rpartition('.')[2]}"
+        name = f"{layer}.{local}"
+    if kind is None:
         return name  # a module trained in full, a bias of a layer that is not adapted, running statistics
     if local in ("lora_A", "lora_B"):
-        if adapted[layer] == "Embedding":
+        if kind == "Embedding":
             return f"{layer}.lora_embedding_{local[-1]}"
         return f"{layer}.{local}.weight"
+    if local == "lora_B_bias":
+        return f"{layer}.lora_B.bias"
     if local == "lora_magnitude":
         return f"{layer}{_MAGNITUDE}.weight"
     return f"{layer}.base_layer.{local}"
@@ -78,8 +85,9 @@ def _beginning(longer: set[str], shorter: set[str]) -> str | None:
 
 
 def adapted_names(root: nn.Module) -> list[str]:
-    """Names of the adapted layers below a root."""
-    return [name for name, _ in lora_layers(root)]
+    """Names of the adapted layers below a root, as targets: an attention stands for its parts."""
+    adapted = dict(lora_layers(root))
+    return [name for name in adapted if meant_by(name, adapted) == name]
 
 
 def short_targets(root: nn.Module) -> list[str]:
