@@ -29,6 +29,7 @@ _HOMES = {
     "lora_state_dict": "injection",
     "merge_lora": "adapters",
     "meta_parameters": "injection",
+    "parameter_groups": "optim",
     "push_adapter": "adapters",
     "save_adapter": "adapters",
     "unload_lora": "injection",
@@ -51,6 +52,7 @@ __all__ = [
     "lora_state_dict",
     "merge_lora",
     "meta_parameters",
+    "parameter_groups",
     "push_adapter",
     "save_adapter",
     "unload_lora",
@@ -71,6 +73,7 @@ if TYPE_CHECKING:
         meta_parameters,
         unload_lora,
     )
+    from lora_lightning.optim import parameter_groups
     from lora_lightning.stopping import SaveOnSignal
     from lora_lightning.tasks.loss import causal_lm_loss
 

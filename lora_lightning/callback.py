@@ -39,6 +39,7 @@ from lora_lightning.injection.state import (
 from lora_lightning.optim import fuse, keep_trainable
 from lora_lightning.optim.by_kind import join_groups
 from lora_lightning.optim.fused import lay_alike
+from lora_lightning.optim.modes import follow_modes, leave_modes
 from lora_lightning.strategies import AdapterState, hooks, rng, state_for
 from lora_lightning.strategies.allocator import keep_freed_memory
 from lora_lightning.strategies.averaging import attach_averaging, begin_averaging, detach_averaging
@@ -338,6 +339,7 @@ class LoraCallback(pl.Callback):
 def _give_back(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     hooks.unwrap(pl_module)
     detach_averaging(trainer)
+    leave_modes(trainer)
     include_frozen(pl_module)
 
 
@@ -386,7 +388,12 @@ def _configure_optimizers(callback: LoraCallback, pl_module: pl.LightningModule,
     target = callback._target(pl_module)
     check_there(callback._tensors, adapter_tensors(target).keys(), pl_module.trainer)
     freeze_rest(target)  # parallel plans may have made parameters trainable since
-    return fuse(keep_trainable(call(), lora_parameters(target), weights_beside(target)), pl_module)
+    trained = lora_parameters(target).keys()
+    configured = call()
+    if lora_parameters(target).keys() != trained:  # LoRA-FA freezes A
+        _state_of(pl_module.trainer).narrowed()
+    follow_modes(pl_module.trainer, configured)
+    return fuse(keep_trainable(configured, lora_parameters(target), weights_beside(target)), pl_module)
 
 
 def _keep_base(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

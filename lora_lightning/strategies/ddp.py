@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.optim import Optimizer
 
@@ -17,6 +20,11 @@ class DdpState(AdapterState):
     def injected(self, target: nn.Module, *, by_callback: bool) -> None:
         """Name to DDP what need not be sent."""
         skip_frozen(self.module)
+
+    def narrowed(self) -> None:
+        """Wrap anew: DDP would wait for gradients of all that trained when it was wrapped."""
+        self.strategy.model = self.module
+        cast("DDPStrategy", self.strategy).configure_ddp()
 
     def begin_fit(self) -> None:
         """Note which parameters DDP averages: those that train now."""

@@ -92,6 +92,9 @@ class AdapterState:
             by_callback: Whether the callback has injected just now; else the user had done so.
         """
 
+    def narrowed(self) -> None:
+        """Called where making the optimizers has frozen part of the adapter, after the strategy has wrapped it."""
+
     def begin_fit(self) -> None:
         """Called before training, once the strategy has wrapped the model and made its optimizers."""
         self.held = count_held(self.strategy.optimizers)

@@ -44,7 +44,8 @@ class Task(LightningModule):
     A subclass says how a batch is scored (`loss_sum`), and may add to what is logged (`derived`).
 
     Args:
-        optimizer: Called with the list of trainable parameters; None is AdamW.
+        optimizer: Called with the list of trainable parameters, or with this module if it has a parameter called
+            ``model`` (those of `lora_lightning.optim` that know ``A`` from ``B`` have); None is AdamW.
         scheduler: Called with the optimizer and, if it has such a parameter, ``num_training_steps``; None is a
             constant learning rate.
         learning_rate: For the default optimizer.
@@ -161,7 +162,8 @@ class Task(LightningModule):
         if self._optimizer_factory is None:
             optimizer: Optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=self.weight_decay)
         else:
-            optimizer = self._optimizer_factory(trained)
+            wants_model = "model" in inspect.signature(self._optimizer_factory).parameters
+            optimizer = self._optimizer_factory(self if wants_model else trained)
         if self._scheduler_factory is None:
             return optimizer
         scheduler = self._make_scheduler(self._scheduler_factory, optimizer)

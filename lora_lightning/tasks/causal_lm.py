@@ -32,7 +32,8 @@ class CausalLM(Task):
 
     Args:
         model: The base model: its name, or the fields of a `ModelConfig`.
-        optimizer: Called with the list of trainable parameters; None is AdamW.
+        optimizer: Called with the list of trainable parameters, or with this module if it has a parameter called
+            ``model``; None is AdamW.
         scheduler: Called with the optimizer and, if it has such a parameter, ``num_training_steps``; None is a
             constant learning rate.
         learning_rate: For the default optimizer.

@@ -29,7 +29,8 @@ class SequenceClassification(Task):
         model: The base model: its name, or the fields of a `ModelConfig`.
         num_labels: How many classes there are, at least 2.
         label_names: What they are called, in the order of their numbers; None is ``LABEL_0``, ``LABEL_1`` …
-        optimizer: Called with the list of trainable parameters; None is AdamW.
+        optimizer: Called with the list of trainable parameters, or with this module if it has a parameter called
+            ``model``; None is AdamW.
         scheduler: Called with the optimizer and, if it has such a parameter, ``num_training_steps``; None is a
             constant learning rate.
         learning_rate: For the default optimizer.
