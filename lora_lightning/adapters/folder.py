@@ -112,6 +112,7 @@ def save_adapter(
     facts = describe(model)
     if fold_scaling:
         facts, state = with_one_scale(facts, state)
+    warn_of_peft(the_root(model)[1], str(folder), written_here=True)
     return write_folder(facts, state, folder, overwrite=overwrite)
 
 
@@ -317,7 +318,7 @@ def _remember(root: nn.Module, folder: Path) -> None:
     record, own = read_record(folder), record_of(root)
     own.bases, own.source = tuple(record.get("bases", ())), str(folder.resolve())
     if not record:
-        warn_of_peft(root, str(folder))
+        warn_of_peft(root, str(folder), written_here=False)
     warn_of_other_base(record, root, str(folder))
 
 
