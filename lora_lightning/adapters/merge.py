@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters.folder import load_adapter
-from lora_lightning.adapters.merge_report import MergedTensor, MergeReport, largest_difference, outputs_of
+from lora_lightning.adapters.merge_report import MergedTensor, MergeReport, largest_difference, outputs_of, warn_of_bits
 from lora_lightning.adapters.ties import part_ties
 from lora_lightning.errors import AdapterError
 from lora_lightning.injection.names import unwrap
 from lora_lightning.injection.state import lora_layers, the_root
 from lora_lightning.injection.tensors import norms, spread_like, whole
 from lora_lightning.injection.unload import remove_adapter
-from lora_lightning.layers import LoraLayer
+from lora_lightning.layers import LoraLayer, is_quantised
 
 
 @torch.no_grad()
@@ -76,6 +76,8 @@ def merge_lora(
         undo.pop_all()
     for own, shared in ties.copies:
         own.requires_grad_(shared.requires_grad)
+    few = {f"{name}.weight".lstrip(".") for name, layer in layers.items() if is_quantised(layer)}
+    warn_of_bits([row for row in rows if row.name in few])
     difference = None if before is None else largest_difference(before, outputs_of(model, check_on))
     return MergeReport(tuple(rows), difference, ties.names)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,20 @@ class MergeReport:
         if self.difference is not None:
             told.append(f"outputs differ by at most {self.difference:.2g}")
         return "; ".join(told)
+
+
+def warn_of_bits(tensors: Sequence[MergedTensor]) -> None:
+    """Tell what quantising merged weights again has taken, the largest error by name."""
+    if not tensors:
+        return
+    worst = max(tensors, key=lambda tensor: tensor.change * tensor.rounding)
+    warnings.warn(
+        f"merged into a quantised base: quantising {len(tensors)} weights again has moved them by up to "
+        f"{worst.change * worst.rounding:.2%} of their size ({worst.name}, which the adapter moves by "
+        f"{worst.change:.2%}). Where that is too much, keep the adapter beside the base, or merge it into the base "
+        "that is not quantised",
+        stacklevel=4,
+    )
 
 
 @torch.no_grad()

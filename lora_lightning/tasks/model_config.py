@@ -22,7 +22,7 @@ class ModelConfig:
         revision: Branch, tag or commit on the Hub; None is its main branch.
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: the type the checkpoint was saved in where the
             machine computes it natively, float32 where it would be emulated.
-        quantisation: Keep the weights of linear layers in few bits (QLoRA): ``nf4`` or ``fp4`` (4 bits), ``int8``; needs
+        quantisation: Keep weights of linear layers in few bits (QLoRA): ``nf4`` or ``fp4`` (4 bits), ``int8``; needs
             bitsandbytes. None leaves them as they are stored. ``dtype`` is then what products are computed in.
         double_quantisation: Quantise the scales of 4-bit weights as well: 0.37 bits less for each weight.
         attn_implementation: Passed on to transformers (``sdpa``, ``eager``, ``flash_attention_2`` …); None lets
