@@ -47,13 +47,20 @@ def parameters_of(model: nn.Module) -> Iterator[nn.Parameter]:
 def walked_once() -> Iterator[None]:
     """Walk a model once inside the ``with`` block, however many ask for its modules.
 
-    For work that changes the modules' classes and parameters, and neither adds a module nor takes one away.
+    For work that changes the modules' classes and parameters; where it adds a module or takes one away, it says so
+    with :func:`forget_walks`.
     """
     before = _WALKS.set({} if _WALKS.get() is None else _WALKS.get())
     try:
         yield
     finally:
         _WALKS.reset(before)
+
+
+def forget_walks() -> None:
+    """Walk anew inside :func:`walked_once`: modules have been added or taken away."""
+    if (known := _WALKS.get()) is not None:
+        known.clear()
 
 
 def _walked(model: nn.Module) -> _Walk:

@@ -34,6 +34,11 @@ class ParameterTarget:
     r: int
     lora_alpha: float
 
+    @property
+    def meant(self) -> str:
+        """The parameter's own canonical name, as configs have it."""
+        return f"{self.name.rpartition('.')[0]}.{self.parameter}"
+
 
 def parameters_meant(
     modules: Mapping[str, nn.Module], config: LoraConfig, taken: Collection[int], problems: list[str]

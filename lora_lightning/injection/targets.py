@@ -6,7 +6,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -15,7 +15,12 @@ from lora_lightning.errors import LoraConfigError, did_you_mean
 from lora_lightning.injection.attentions import attention_hindrance, meant_by, with_projections
 from lora_lightning.injection.matching import compiled_patterns, entries_for, matches, pattern_value
 from lora_lightning.injection.names import canonical_modules
+from lora_lightning.injection.parameters import ParameterTarget, parameters_meant
+from lora_lightning.injection.tokens import TokenTarget, tokens_meant
+from lora_lightning.injection.tying import tie
 from lora_lightning.layers import LoraLayer, is_linear, is_quantised, kind_of, why_not
+from lora_lightning.layers.parameters import LoraParameter
+from lora_lightning.layers.tokens import TokenRows
 
 
 @dataclass(frozen=True)
@@ -30,10 +35,21 @@ class Target:
 
 @dataclass(frozen=True)
 class Plan:
-    """What injection is about to do: layers to adapt, and modules to train in full (by name below the root)."""
+    """What injection is about to do; names are below the root.
+
+    Attributes:
+        targets: Layers to adapt.
+        in_full: Modules to train in full.
+        parameters: Parameters to adapt that belong to no such layer.
+        tokens: Layers of which some rows train.
+        followers: Layers tied to an embedding that is adapted or trained in full, each with the embedding's name.
+    """
 
     targets: list[Target]
     in_full: dict[str, nn.Module]
+    parameters: list[ParameterTarget] = field(default_factory=list)
+    tokens: list[TokenTarget] = field(default_factory=list)
+    followers: dict[str, str] = field(default_factory=dict)
 
 
 def resolve(root: nn.Module, config: LoraConfig, outside: nn.Module | None = None) -> Plan:
@@ -47,7 +63,8 @@ def resolve(root: nn.Module, config: LoraConfig, outside: nn.Module | None = Non
     Raises:
         LoraConfigError: A name that matches nothing, or a match that cannot be adapted.
     """
-    modules = dict(canonical_modules(root))
+    ours = (LoraParameter, TokenRows)  # children that an earlier injection has made
+    modules = {name: module for name, module in canonical_modules(root) if not isinstance(module, ours)}
     problems: list[str] = []
     in_full = _modules_in_full(modules, config, {} if outside is None else dict(canonical_modules(outside)), problems)
     taken = {id(part) for module in in_full.values() for part in module.modules()}
@@ -62,13 +79,17 @@ def resolve(root: nn.Module, config: LoraConfig, outside: nn.Module | None = Non
         if not isinstance(layer, LoraLayer) and (reason := _hindrance(name, modules, config, r)) is not None:
             problems.append(f"{name or 'the model'} cannot be adapted: {reason}")
         chosen[name] = layer
-    if not chosen and not problems:
+    followers = tie(root, modules, config, chosen, in_full, problems)
+    taken |= {id(modules[name]) for pair in followers.items() for name in pair}
+    parameters = parameters_meant(modules, config, taken, problems)
+    tokens = tokens_meant(root, modules, config, taken | {id(each.holder) for each in parameters}, problems)
+    if not (chosen or parameters or tokens or problems):
         problems.append(
             f"target_modules={config.target_modules!r} leaves no layer to adapt. {_candidates(modules, is_linear)}"
         )
     if problems:
         raise LoraConfigError("The LoRA config does not fit this model:" + "".join(f"\n  - {p}" for p in problems))
-    _warn_unused(chosen, modules, config)
+    _warn_unused(chosen | {each.meant: each.holder for each in parameters}, modules, config)
     targets = [
         Target(
             name,
@@ -80,7 +101,7 @@ def resolve(root: nn.Module, config: LoraConfig, outside: nn.Module | None = Non
         for meant in [meant_by(name, chosen)]
     ]
     _warn_wide(targets)
-    return Plan(targets, in_full)
+    return Plan(targets, in_full, parameters, tokens, followers)
 
 
 def _hindrance(name: str, modules: Mapping[str, nn.Module], config: LoraConfig, r: int) -> str | None:

@@ -105,6 +105,7 @@ def _for_input(root: nn.Module, modules: Mapping[str, nn.Module], tokens: list[i
 
 
 def input_name(root: nn.Module, modules: Mapping[str, nn.Module]) -> str | None:
+    """The canonical name of a transformers model's input embedding."""
     get: Any = getattr(root, "get_input_embeddings", None)
     embeddings = get() if callable(get) else None
     return next((name for name, module in modules.items() if module is embeddings), None)

@@ -10,6 +10,7 @@ from torch import nn
 
 from lora_lightning.config import LoraConfig
 from lora_lightning.injection.tokens import input_name, tied_to
+from lora_lightning.layers import LoraLayer, why_not
 
 
 def tie(
@@ -56,11 +57,14 @@ def tie(
         return {}
     if named is chosen and config.use_dora:
         problems.append("ensure_weight_tying does not go with use_dora: a magnitude belongs to one of the two layers")
+    if named is chosen:
+        reasons = {name: why_not(modules[name]) for name in (source, *tied) if not isinstance(modules[name], LoraLayer)}
+        problems += [f"{name} cannot be adapted: {reason}" for name, reason in reasons.items() if reason]
     odd = [name for name in tied if not isinstance(modules[name], nn.Linear)]
     if named is chosen and (odd or not isinstance(modules[source], nn.Embedding)):
         problems.append(
-            f"ensure_weight_tying is for an embedding and linear layers that are tied to it; {', '.join(odd) or source} "
-            f"is a {type(modules[odd[0] if odd else source]).__name__}"
+            "ensure_weight_tying is for an embedding and linear layers that are tied to it; "
+            f"{', '.join(odd) or source} is a {type(modules[odd[0] if odd else source]).__name__}"
         )
     for group in (chosen, in_full):
         for name in (source, *tied):

@@ -24,6 +24,7 @@ from lora_lightning.layers.group import dissolve
 from lora_lightning.layers.hazards import detached_hook, why_not
 from lora_lightning.layers.linear import LoraLinear, LoraOverLinear
 from lora_lightning.layers.made import declare, made_class, plain_class
+from lora_lightning.layers.parameters import LoraParameter, restore_parameter
 from lora_lightning.layers.quantised import QUANTISED_KINDS
 
 __all__ = [
@@ -110,6 +111,8 @@ def restore(layer: nn.Module) -> None:
     Raises:
         TypeError: If something else changed the class meanwhile (``fully_shard`` does), which would be lost.
     """
+    if isinstance(layer, LoraParameter):
+        return restore_parameter(layer)
     plain = plain_class(layer)
     if plain is None:
         raise TypeError(
@@ -124,6 +127,9 @@ def restore(layer: nn.Module) -> None:
             delattr(layer, name)
         for name in ("lora_r", "lora_alpha", "lora_scaling", "lora_dropout", "lora_enabled"):
             del layer.__dict__[name]
+        for name in ("lora_source", "lora_source_name"):  # of a head that is tied to an adapted embedding
+            layer.__dict__.pop(name, None)
+    return None
 
 
 _LORA_OF: dict[tuple[type, str], type[LoraLayer] | None] = {}

@@ -123,6 +123,15 @@ class LoraLayer(_Module):
 
     lora_folds: tuple[str, ...] = ("weight",)
 
+    def lora_place(self, name: str) -> tuple[nn.Module, str]:
+        """The module that has a tensor of :attr:`lora_folds`, and the tensor's name there."""
+        path, _, local = name.rpartition(".")
+        return self.get_submodule(path), local
+
+    def lora_meant(self, name: str) -> str:
+        """The name by which a config means the layer, from its own."""
+        return name
+
     def lora_unmergeable(self) -> str | None:
         """Why the adapter cannot be folded into the base, said of the layer; None where it can."""
         return None
