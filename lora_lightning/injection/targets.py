@@ -110,6 +110,7 @@ def _hindrance(name: str, modules: Mapping[str, nn.Module], config: LoraConfig, 
     kind = kind_of(layer, config.variant)
     if kind is None:
         field = config.variant if hasattr(config, config.variant) else f"use_{config.variant}"
+        field = "alora_invocation_tokens" if config.alora_invocation_tokens else field
         return f"{field} does not go with a layer of class {type(layer).__name__}"
     start = config.init_lora_weights
     if kind.lora_starts is not None and start not in kind.lora_starts:

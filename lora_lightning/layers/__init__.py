@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from lora_lightning.layers.alora import ALoraBiasLinear, ALoraBiasOverLinear, ALoraLinear, ALoraOverLinear
 from lora_lightning.layers.attention import LoraMultiheadAttention, LoraOverAttention
 from lora_lightning.layers.base import LoraLayer, adapter_dtype
 from lora_lightning.layers.bias import BiasConv, BiasLinear, BiasOverConv, BiasOverLinear
@@ -54,6 +55,8 @@ KINDS: dict[str, _Kinds] = {
     ],
     "dora": [(DoraLinear, DoraOverLinear), (DoraEmbedding, DoraOverEmbedding), (DoraConv, DoraOverConv)],
     "lora_bias": [(BiasLinear, BiasOverLinear), (BiasConv, BiasOverConv)],
+    "alora": [(ALoraLinear, ALoraOverLinear)],
+    "alora_bias": [(ALoraBiasLinear, ALoraBiasOverLinear)],
 }
 
 

@@ -10,6 +10,7 @@ from typing import cast
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lora_lightning.layers.alora import ALoraLayer
 from lora_lightning.layers.base import LoraLayer
 from lora_lightning.layers.bias import BiasLayer
 from lora_lightning.layers.dora import DoraLayer
@@ -78,8 +79,28 @@ class BiasConv1D(BiasOverConv1D, Conv1D):
         return lora_linear(x, self.weight.t(), bias, self.lora_A, self.lora_B, self.lora_scaling, dropout)
 
 
+class ALoraOverConv1D(ALoraLayer, LoraOverConv1D):
+    """Activated LoRA over a subclass of ``Conv1D`` that has a forward of its own."""
+
+
+class ALoraConv1D(ALoraOverConv1D, Conv1D):
+    """``Conv1D`` with an update where the adapter is in force."""
+
+
+class ALoraBiasOverConv1D(ALoraLayer, BiasOverConv1D):
+    """Activated LoRA with a bias on ``B``, over a subclass of ``Conv1D`` that has a forward of its own."""
+
+    lora_starts = BiasOverConv1D.lora_starts
+
+
+class ALoraBiasConv1D(ALoraBiasOverConv1D, Conv1D):
+    """Activated ``Conv1D`` with a bias in its update."""
+
+
 CONV1D_KINDS: dict[str, tuple[type[LoraLayer], type[LoraLayer]]] = {
     "lora": (LoraConv1D, LoraOverConv1D),
     "dora": (DoraConv1D, DoraOverConv1D),
     "lora_bias": (BiasConv1D, BiasOverConv1D),
+    "alora": (ALoraConv1D, ALoraOverConv1D),
+    "alora_bias": (ALoraBiasConv1D, ALoraBiasOverConv1D),
 }

@@ -235,9 +235,9 @@ def _around(model: nn.Module, root: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_read(module: nn.Module) -> bool:
-    """Whether a forward hook of somebody, rather than of a sharding engine, sees a module's outputs."""
+    """Whether a forward hook of somebody, rather than of a sharding engine or of ours, sees a module's outputs."""
     hooks = module._forward_hooks.values()
-    return any(not str(getattr(hook, "__module__", "")).startswith("torch.") for hook in hooks)
+    return any(not str(getattr(hook, "__module__", "")).startswith(("torch.", "lora_lightning.")) for hook in hooks)
 
 
 def _draws_of(head: nn.Linear) -> Callable[[], None]:

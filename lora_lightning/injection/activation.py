@@ -1,0 +1,56 @@
+"""An activated adapter's one :class:`Invocation`: on the model's calls, and known to its layers."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Sequence
+
+from torch import nn
+
+from lora_lightning.injection.names import canonical_modules
+from lora_lightning.layers.alora import ALoraLayer
+from lora_lightning.layers.invocation import Invocation
+
+_INVOCATION = "lora_invocation"
+
+
+def activate(root: nn.Module, tokens: Sequence[int]) -> None:
+    """Have a root's activated layers know where they are in force; layers added since the last time too."""
+    invocation = next((found for module in root.modules() if (found := _held(module)) is not None), None)
+    if invocation is None:
+        invocation = Invocation(tokens)
+        for _, module in canonical_modules(root):
+            if module is root or _takes_tokens(type(module)):  # a backbone may be called without its head
+                module.register_forward_pre_hook(invocation.before, with_kwargs=True)
+                module.register_forward_hook(invocation.after, with_kwargs=True, always_call=True)
+    for _, layer in canonical_modules(root):
+        if isinstance(layer, ALoraLayer):
+            vars(layer)[_INVOCATION] = invocation
+
+
+def deactivate(root: nn.Module) -> None:
+    """Take every trace of it off again."""
+    for module in root.modules():
+        vars(module).pop(_INVOCATION, None)
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for number in [n for n, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Invocation)]:
+                del hooks[number]
+                for told in (
+                    module._forward_pre_hooks_with_kwargs,
+                    module._forward_hooks_with_kwargs,
+                    module._forward_hooks_always_called,
+                ):
+                    told.pop(number, None)
+
+
+def _held(module: nn.Module) -> Invocation | None:
+    return vars(module).get(_INVOCATION)
+
+
+@functools.cache
+def _takes_tokens(kind: type[nn.Module]) -> bool:
+    try:
+        return "input_ids" in inspect.signature(kind.forward).parameters
+    except (TypeError, ValueError):
+        return False

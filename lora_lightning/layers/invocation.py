@@ -1,0 +1,228 @@
+"""Where an activated adapter is in force: found in a call's token numbers, and remembered with its cache.
+
+Shapes: B rows, T tokens that a call is given, n invocation tokens.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.errors import LoraConfigError
+
+
+class Rows(NamedTuple):
+    """What a text that goes on has come to."""
+
+    active: Tensor
+    """(B,): whether the tokens have appeared in a row."""
+    last_BN: Tensor
+    """The last tokens of each row, n - 1 at most: with what follows they may be the invocation."""
+
+
+class Call:
+    """One forward of a model.
+
+    Attributes:
+        mask_BT: Where the adapter is in force.
+        kept: Which positions the head is computed at, as the model was told (``logits_to_keep``).
+        rows: What the text comes to with this call.
+    """
+
+    def __init__(self, mask_BT: Tensor, kept: Any, rows: Rows | None) -> None:
+        self.mask_BT, self.kept, self.rows = mask_BT, kept, rows
+
+
+class Invocation:
+    """Notes, at each call of a model, where its adapter is in force: two hooks, and what layers ask.
+
+    A row in which the tokens do not appear is the base's. While tokens are generated one by one, what the text before
+    them has decided holds; a model that is called with a cache that it has never seen continues the base's.
+
+    Args:
+        tokens: The invocation tokens.
+    """
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self.tokens = tuple(tokens)
+        self._owner: nn.Module | None = None  # whose call is under way; modules inside it are asked too
+        self._call: Call | None = None
+        # Those whose graph is still there: activation checkpointing runs layers again in backward.
+        self._calls: weakref.WeakSet[Call] = weakref.WeakSet()
+        self._rows: weakref.WeakKeyDictionary[Any, Rows] = weakref.WeakKeyDictionary()
+        self._warned = False
+
+    def __getstate__(self) -> tuple[int, ...]:
+        return self.tokens  # nothing of a call belongs into a copy
+
+    def __setstate__(self, tokens: tuple[int, ...]) -> None:
+        Invocation.__init__(self, tokens)
+
+    # ---- hooks
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        """Find the tokens in what a model is called with; its argument ``alora_offsets``, PEFT's, is taken out."""
+        if self._owner is not None and self._owner is not module:
+            return None
+        offsets = kwargs.pop("alora_offsets", None)
+        cache = kwargs.get("past_key_values")
+        past = self._rows.get(cache) if _length(cache) else None
+        ids_BT = _token_numbers(args, kwargs)
+        if ids_BT is None and offsets is None:
+            self._warn()
+            call = Call(torch.zeros(1, 1, dtype=torch.bool), None, past)
+        elif ids_BT is None or offsets is not None:
+            call = _by_offsets(offsets, ids_BT, kwargs)
+        else:
+            call = self._found(ids_BT, past, continued=_length(cache) > 0)
+        call.kept = kwargs.get("logits_to_keep")
+        self._owner, self._call = module, call
+        return args, kwargs
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """End the call, and keep with its cache and its graph what they need of it."""
+        call = self._call
+        if module is not self._owner or call is None:
+            return
+        self._owner = self._call = None
+        cache = getattr(output, "past_key_values", None)
+        if call.rows is not None and _length(cache):
+            self._rows[cache] = call.rows
+        if (node := _graph_of(output)) is not None:
+            node.metadata[_CALL] = call
+            self._calls.add(call)
+
+    def _found(self, ids_BT: Tensor, past: Rows | None, *, continued: bool) -> Call:
+        n = len(self.tokens)
+        batch, length = ids_BT.shape
+        positions_T = torch.arange(length, device=ids_BT.device)
+        if past is not None:
+            past = _for_rows(past, batch)
+        if continued and length == 1:  # a token that the model has made itself
+            active = past.active if past is not None else ids_BT.new_zeros(batch, dtype=torch.bool)
+            return Call(active[:, None], None, past)
+        text = ids_BT if past is None else torch.cat([past.last_BN.to(ids_BT.device), ids_BT], dim=1)
+        start = _last_start(text, self.tokens) - (text.shape[1] - length)
+        found = start < length
+        if past is not None:
+            start = torch.where(~found & past.active.to(found.device), 0, start)
+            found = found | past.active.to(found.device)
+        return Call(positions_T >= start[:, None], None, Rows(found, text[:, max(0, text.shape[1] - (n - 1)) :]))
+
+    def _warn(self) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "called without token numbers (input_ids), in which the adapter's invocation tokens could be found: "
+                "the outputs are the base model's. Give input_ids, or alora_offsets (the place of the first invocation "
+                "token of each row, counted from the end, None where there is none)",
+                stacklevel=4,
+            )
+
+    # ---- what layers ask
+
+    def mask_of(self, out: Tensor) -> Tensor:
+        """Where the adapter is in force in a layer's output, ``(B, T, out)`` or ``(B, out)``: of its shape but for 1s.
+
+        Raises:
+            LoraConfigError: If the layer's rows and positions are not those of the model's call.
+        """
+        call = self._call if self._call is not None else self._computed_again()
+        mask_BT = call.mask_BT.to(out.device)
+        if mask_BT.numel() == 1 and not call.rows:
+            return mask_BT.view((1,) * out.ndim)
+        batch, length = mask_BT.shape
+        if out.ndim == 3 and out.shape[:2] != mask_BT.shape and len(out) == batch:
+            mask_BT = _kept(mask_BT, call.kept, out.shape[1])
+        if out.ndim == 3 and out.shape[:2] == mask_BT.shape:
+            return mask_BT[:, :, None]
+        if out.ndim == 2 and len(out) == batch * length:
+            return mask_BT.reshape(-1, 1)
+        if out.ndim == 2 and len(out) == batch:
+            return mask_BT[:, -1:]
+        raise LoraConfigError(
+            f"an activated adapter (alora_invocation_tokens) is on a layer that gives {tuple(out.shape)} where the "
+            f"model was called with {batch} rows of {length} tokens, so that nobody knows which of its rows come after "
+            "the invocation (a mixture's experts are so): leave it out, with its name in exclude_modules"
+        )
+
+    def _computed_again(self) -> Call:
+        calls = list(self._calls)
+        if torch._C._current_graph_task_id() == -1 or not calls:
+            raise LoraConfigError(
+                "a layer with an activated adapter (alora_invocation_tokens) was called by itself: call the model, "
+                "whose input_ids say where the adapter is in force, or use lora_disabled(model)"
+            )
+        if any(not _same(call.mask_BT, calls[0].mask_BT) for call in calls[1:]):
+            raise LoraConfigError(
+                "activation checkpointing computes a layer again, and several forwards wait for their backward: of an "
+                "activated adapter nobody knows which one this is. Call backward after each forward, or turn "
+                "checkpointing off"
+            )
+        return calls[0]
+
+
+_CALL = "lora_invocation"
+
+
+def _last_start(ids_BT: Tensor, tokens: Sequence[int]) -> Tensor:
+    """Where the last appearance of the tokens begins in each row, ``(B,)``; T where there is none."""
+    batch, length = ids_BT.shape
+    n = len(tokens)
+    if length < n:
+        return ids_BT.new_full((batch,), length, dtype=torch.long)
+    wanted = torch.tensor(tokens, device=ids_BT.device)
+    hits = (ids_BT.unfold(1, n, 1) == wanted).all(-1)
+    starts = torch.arange(length - n + 1, device=ids_BT.device)
+    last = torch.where(hits, starts, -1).amax(1)
+    return torch.where(last < 0, length, last)
+
+
+def _by_offsets(offsets: Sequence[int | None], ids_BT: Tensor | None, kwargs: dict[str, Any]) -> Call:
+    given = ids_BT if ids_BT is not None else kwargs["inputs_embeds"]
+    length = given.shape[1]
+    counted = torch.tensor([0 if each is None else min(int(each), length) for each in offsets], device=given.device)
+    mask_BT = torch.arange(length, device=given.device) >= length - counted[:, None]
+    return Call(mask_BT, None, Rows(counted > 0, counted.new_zeros(len(counted), 0)))
+
+
+def _token_numbers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    given = kwargs.get("input_ids", args[0] if args else None)
+    if not isinstance(given, Tensor) or given.is_floating_point() or given.ndim not in (1, 2):
+        return None
+    return given if given.ndim == 2 else given[None]
+
+
+def _length(cache: Any) -> int:
+    """How many tokens a cache of transformers holds."""
+    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+
+
+def _for_rows(past: Rows, batch: int) -> Rows:
+    """What is known of the rows, where each has become several (beams)."""
+    times, left = divmod(batch, len(past.active))
+    if left or not times:
+        raise LoraConfigError(f"a cache of {len(past.active)} rows goes on with {batch} rows")
+    return past if times == 1 else Rows(*(each.repeat_interleave(times, 0) for each in past))
+
+
+def _kept(mask_BT: Tensor, kept: Any, length: int) -> Tensor:
+    """The mask at the positions that a head is computed at."""
+    if isinstance(kept, Tensor) and kept.ndim == 1 and len(kept) == length:
+        return mask_BT[:, kept.to(mask_BT.device)]
+    return mask_BT[:, -1:] if length == 1 else mask_BT[:, -kept:] if kept == length else mask_BT
+
+
+def _graph_of(output: Any) -> Any:
+    """A node of the graph that leads to a model's output, or None."""
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else [output]
+    return next((value.grad_fn for value in values if isinstance(value, Tensor) and value.grad_fn is not None), None)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool((one == other).all())
