@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lora_lightning.layers.base import LoraLayer
+from lora_lightning.layers.bias import BiasLayer
 from lora_lightning.layers.bits import Bits, bits_of
 from lora_lightning.layers.dora import DoraLayer
 from lora_lightning.layers.dora_functional import ratio
@@ -122,7 +123,20 @@ class DoraQuantised(DoraLayer, LoraQuantised):
         return (c * (z - self.bias)).to(z.dtype) + self.bias
 
 
-QUANTISED_KINDS: dict[str, type[LoraLayer]] = {"lora": LoraQuantised, "dora": DoraQuantised}
+class BiasQuantised(BiasLayer, LoraQuantised):
+    """Such a layer with a bias on ``B``, ``y = base(x) + s · ((drop(x) Aᵀ) Bᵀ + b_B)``."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """``(..., in) -> (..., out)``."""
+        y = self._written_out(*args, **kwargs)
+        return LoraLayer.forward(self, *args, **kwargs) if y is None else y + self.lora_delta_of("bias").to(y.dtype)
+
+
+QUANTISED_KINDS: dict[str, type[LoraLayer]] = {
+    "lora": LoraQuantised,
+    "dora": DoraQuantised,
+    "lora_bias": BiasQuantised,
+}
 """What is put over a linear layer in few bits, by variant."""
 
 

@@ -63,10 +63,13 @@ def _close(one, other, rtol=1e-5, atol=1e-5):
         torch.testing.assert_close(left, right, rtol=rtol, atol=atol * max(1.0, float(right.abs().max())))
 
 
-@pytest.mark.parametrize("dora", [False, True])
+VARIANTS = [{}, {"use_dora": True}, {"lora_bias": True}]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_outputs_and_gradients_are_those_over_the_same_numbers(quantised, kind, dora):
-    few, plain = _pair(quantised, kind, use_dora=dora)
+def test_outputs_and_gradients_are_those_over_the_same_numbers(quantised, kind, variant):
+    few, plain = _pair(quantised, kind, **variant)
     assert type(few[0]).__name__.startswith("Lora")
     assert isinstance(few[0], nn.Linear)
     assert not isinstance(few[0], LoraLinear)
