@@ -91,6 +91,17 @@ def replicate_layers(root: nn.Module, spans: Sequence[Sequence[int]]) -> Replica
 
 
 @contextlib.contextmanager
+def taken_back_on_error(replicated: Replicated | None) -> Iterator[None]:
+    """Give the model its own stack back if the ``with`` block fails."""
+    try:
+        yield
+    except BaseException:
+        if replicated is not None:
+            replicated.show(0)
+        raise
+
+
+@contextlib.contextmanager
 def as_before(replicated: Replicated | None) -> Iterator[None]:
     """The model's own stack of layers inside the ``with`` block."""
     if replicated is None:

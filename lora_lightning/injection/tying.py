@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
 from lora_lightning.config import LoraConfig
+from lora_lightning.injection.names import canonical_modules
 from lora_lightning.injection.tokens import input_name, tied_to
 from lora_lightning.layers import LoraLayer, why_not
 
@@ -98,29 +99,32 @@ class Untied:
         self.module._parameters[self.local] = self.shared
 
 
-def untie(modules: Mapping[str, nn.Module], in_full: Mapping[str, nn.Module]) -> list[Untied]:
+def untie(model: nn.Module, in_full: Mapping[str, nn.Module], followers: Collection[nn.Module]) -> list[Untied]:
     """Give each module that trains in full parameters of its own where it shares them with others.
 
     Those would train along else, and where the adapter is loaded by PEFT they would not have.
+
+    Args:
+        model: All of the model.
+        in_full: Modules that train in full.
+        followers: Modules that are to share what they share.
     """
     owners: dict[int, set[int]] = {}
-    for module in modules.values():
+    for _, module in canonical_modules(model):
         for parameter in module._parameters.values():
             owners.setdefault(id(parameter), set()).add(id(module))
     found: list[Untied] = []
     for whole in in_full.values():
         parts = list(whole.modules())
-        inside = {id(part) for part in parts}
+        inside = {id(part) for part in (*parts, *followers)}
         own: dict[int, nn.Parameter] = {}
         for part in parts:
-            for local, parameter in part._parameters.items():
+            for local, parameter in list(part._parameters.items()):
                 if parameter is None or owners.get(id(parameter), inside) <= inside:
                     continue
                 if id(parameter) not in own:
                     copy = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
                     own[id(parameter)] = copy
                 found.append(Untied(part, local, parameter))
-        for each in found:
-            if id(each.shared) in own and id(each.module) in inside:
-                each.module._parameters[each.local] = own[id(each.shared)]
+                part._parameters[local] = own[id(parameter)]
     return found
