@@ -1,0 +1,203 @@
+"""One adapter apart from its model: taken out of the layers with all that it is, and put in again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from re import escape
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.adapters.folder import adapter_state
+from lora_lightning.adapters.peft_names import peft_names
+from lora_lightning.config import LoraConfig
+from lora_lightning.errors import AdapterError
+from lora_lightning.injection import freeze_base, unload_lora
+from lora_lightning.injection.inject import inject_unfilled
+from lora_lightning.injection.matching import matches
+from lora_lightning.injection.names import canonical_modules
+from lora_lightning.injection.state import (
+    RECORD,
+    Injected,
+    load_lora_state,
+    lora_layers,
+    lora_state_dict,
+    record_of,
+    the_root,
+)
+
+
+@dataclass(eq=False)
+class Held:
+    """An adapter by itself. Names are canonical, below the model that it was taken from.
+
+    Attributes:
+        record: What injection noted, its config among it.
+        prefix: Name of the root, which the names in the config and in files are relative to.
+        layers: Rank and scale of each adapted layer.
+        low: The low-rank parameters, the very ones that the layers have while the adapter is in them.
+        full: Values of what trains in full, and of running statistics that have moved; they live in the base's own
+            parameters while the adapter is in.
+        keys: Name in a file for each of ``low`` and ``full``.
+    """
+
+    record: Injected
+    prefix: str
+    layers: dict[str, tuple[int, float]]
+    low: dict[str, nn.Parameter]
+    full: dict[str, Tensor]
+    keys: dict[str, str]
+
+    @property
+    def config(self) -> LoraConfig:
+        """What was injected."""
+        return self.record.config
+
+    def by_layer(self) -> dict[str, dict[str, nn.Parameter]]:
+        """The low-rank parameters by layer, in the order of the model."""
+        found: dict[str, dict[str, nn.Parameter]] = {name: {} for name in self.layers}
+        for name, parameter in self.low.items():
+            layer, _, part = name.rpartition(".")
+            found[layer][part] = parameter
+        return found
+
+    def below_root(self, name: str) -> str:
+        """A name as the config has it."""
+        return name.removeprefix(f"{self.prefix}.") if self.prefix else name
+
+
+def held_in(model: nn.Module) -> Held:
+    """The adapter that is in a model, as it stands; values in full are copied to the CPU.
+
+    Raises:
+        AdapterError: If there is none.
+    """
+    prefix, root = the_root(model)
+    record = record_of(root)
+    layers = dict(lora_layers(model))
+    low = {_join(name, part): p for name, layer in layers.items() for part, p in layer.lora_own.items()}
+    full = {name: value for name, value in adapter_state(model).items() if name not in low}
+    unmoved = [name for name, before in record.statistics.items() if _same(full.get(_join(prefix, name)), before)]
+    for name in unmoved:
+        del full[_join(prefix, name)]
+    return Held(
+        record=record,
+        prefix=prefix,
+        layers={name: (layer.lora_r, layer.lora_scaling) for name, layer in layers.items()},
+        low=low,
+        full={name: value.detach().to("cpu", copy=True) for name, value in full.items()},
+        keys={_join(prefix, name): key for name, key in peft_names(root).items()},
+    )
+
+
+def take_out(model: nn.Module, *, offload: bool = True) -> Held:
+    """Take the adapter out of a model, which is its base again.
+
+    Args:
+        model: An injected model.
+        offload: Move the low-rank parameters to the CPU.
+
+    Returns:
+        The adapter. Its parameters are those that the layers had; what moves to the CPU lets its gradient go.
+
+    Raises:
+        AdapterError: If there is none, or a layer's class was changed since; nothing is changed then.
+    """
+    held = held_in(model)
+    unload_lora(model)
+    for parameter in held.low.values():
+        parameter.requires_grad_(False)
+        if offload:
+            parameter.grad = None
+            parameter.data = parameter.data.cpu()
+    return held
+
+
+@torch.no_grad()
+def put_in(model: nn.Module, held: Held, *, trains: bool = False) -> None:
+    """Put an adapter into a base model: its parameters into the layers, its values in full into the base's own.
+
+    Args:
+        model: The model that it was taken out of, or one just like it.
+        held: The adapter.
+        trains: Let it train; else all of the model is frozen.
+
+    Raises:
+        AdapterError: If the model has other layers than the adapter; it is as it was then.
+    """
+    inject_unfilled(model, held.config)
+    layers = dict(lora_layers(model))
+    shapes = {_join(name, part): p.shape for name, layer in layers.items() for part, p in layer.lora_own.items()}
+    if shapes != {name: p.shape for name, p in held.low.items()}:
+        unload_lora(model)
+        other = [name for name in {**shapes, **held.low} if name not in shapes or name not in held.low]
+        why = f": {', '.join(sorted(other)[:4])} would be only in one of them" if other else ", which have other shapes"
+        raise AdapterError(f"the adapter does not fit the layers of this model{why}")
+    for name, layer in layers.items():
+        for part, empty in layer.lora_own.items():
+            parameter = held.low[_join(name, part)]
+            parameter.data = parameter.data.to(empty.device)
+            setattr(layer, part, parameter)
+    load_lora_state(model, lora_state_dict(model) | held.full, "the adapter")
+    _, root = the_root(model)
+    fresh = record_of(root)
+    kept = replace(held.record, trainable_before=fresh.trainable_before, statistics=fresh.statistics, still=fresh.still)
+    vars(root)[RECORD] = held.record = kept
+    let_train(model, trains)
+
+
+def let_train(model: nn.Module, trains: bool) -> None:
+    """Let the adapter in a model train and nothing else, or freeze all of the model."""
+    model.requires_grad_(False)
+    if trains:
+        freeze_base(model)
+
+
+def explicit(config: LoraConfig, layers: Mapping[str, tuple[int, float]], root: nn.Module) -> LoraConfig:
+    """A config that names its layers, with a rank and a scale of its own for each.
+
+    Args:
+        config: Where the other settings come from.
+        layers: Rank and scale by name below the root.
+        root: The model, in which no other layer may be meant.
+    """
+    ranks, alphas = {n: r for n, (r, _) in layers.items()}, {n: s * r for n, (r, s) in layers.items()}
+    r, alpha = _usual(ranks.values()), _usual(alphas.values())
+    return replace(
+        config,
+        r=int(r),
+        lora_alpha=_whole(alpha),
+        use_rslora=False,
+        target_modules=_exactly(list(layers), root),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        rank_pattern={f"^{escape(name)}": rank for name, rank in ranks.items() if rank != r},
+        alpha_pattern={f"^{escape(name)}": _whole(a) for name, a in alphas.items() if a != alpha},
+        init_lora_weights=True,
+    )
+
+
+def _exactly(names: list[str], root: nn.Module) -> list[str] | str:
+    """A list of names, or an expression where the end of another module's name is one of them."""
+    wanted = set(names)
+    others = any(matches(wanted, name) for name, _ in canonical_modules(root) if name not in wanted)
+    return "|".join(map(escape, names)) if others or "" in wanted else names
+
+
+def _usual(values: Iterable[float]) -> float:
+    return Counter(values).most_common(1)[0][0]
+
+
+def _whole(value: float) -> float:
+    return int(value) if float(value).is_integer() else value
+
+
+def _same(value: Tensor | None, before: Tensor) -> bool:
+    return value is not None and torch.equal(value, before.to(value.device))
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name

@@ -1,0 +1,366 @@
+"""Several adapters of one model: held by name beside it, put into its layers when they are wanted.
+
+A layer has one adapter, and its forward knows of no other. Several that act at once are one adapter of the summed rank,
+``[s₁A₁; s₂A₂]`` and ``[B₁, B₂]``, which is exactly the sum of their updates.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from lora_lightning.adapters.combine import Combination
+from lora_lightning.adapters.fingerprint import fingerprint
+from lora_lightning.adapters.folder import load_adapter, save_adapter
+from lora_lightning.adapters.held import Held, held_in, let_train, put_in, take_out
+from lora_lightning.adapters.hub import CONFIG_FILE
+from lora_lightning.adapters.per_row import per_row
+from lora_lightning.adapters.summed import summed, weighted
+from lora_lightning.adapters.swap import make_room, refill
+from lora_lightning.config import LoraConfig
+from lora_lightning.errors import AdapterError, did_you_mean
+from lora_lightning.injection import LoraReport, inject_lora, report_of
+from lora_lightning.injection.names import find_root, unwrap
+from lora_lightning.injection.state import injected_roots, lora_state_dict, record_of
+from lora_lightning.layers.per_row import BASE, Rows
+
+DEFAULT = "default"
+
+
+class Adapters:
+    """Adapters of one model by name, of which one, several or none are in its layers.
+
+    Each has a config of its own: ranks, targets, DoRA, modules trained in full. While one is in, everything works as
+    with a single adapter: :func:`lora_disabled`, :func:`merge_lora`, :func:`save_adapter`, checkpoints; after
+    :func:`unload_lora` none is. What is merged makes the model another base, for which adapters have to be loaded anew.
+
+    Args:
+        model: A base model, or one that has an adapter, or a LightningModule around it.
+        name: What to call the adapter that the model has already.
+        offload: Keep the adapters that are not in the model on the CPU.
+
+    Raises:
+        AdapterError: If several modules in the model have adapters.
+
+    >>> model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    >>> adapters = Adapters(model)
+    >>> _ = adapters.add("math", LoraConfig(r=2)), adapters.add("chat", LoraConfig(r=1, target_modules=["0"]))
+    >>> adapters.set("math", "chat")
+    >>> adapters
+    Adapters(math (active), chat (active))
+    """
+
+    def __init__(self, model: nn.Module, *, name: str = DEFAULT, offload: bool = True) -> None:
+        self.model = unwrap(model)
+        self._offload = offload
+        self._held: dict[str, Held] = {}
+        self._in: _In | None = None
+        self._base: str | None = None  # fingerprint of the plain base, once it has been seen
+        if injected_roots(self.model):
+            self._free(name)
+            held = self._held[name] = held_in(self.model)
+            self._in = _In((name,), held, trains=False)  # looked at when it is taken out
+        else:
+            self._base = fingerprint(find_root(self.model)[1])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All adapters, in the order in which they came."""
+        return tuple(self._held)
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Those that are in the model."""
+        return self._in.names if self._in is not None and injected_roots(self.model) else ()
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is an adapter of that name."""
+        return name in self._held
+
+    def __iter__(self) -> Iterator[str]:
+        """Their names."""
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._held)
+
+    def __repr__(self) -> str:
+        """Their names, and which are in the model."""
+        listed = [f"{name} (active)" if name in self.active else name for name in self._held]
+        return f"{type(self).__name__}({', '.join(listed)})"
+
+    def config(self, name: str) -> LoraConfig:
+        """The config of one."""
+        return self._get(name).config
+
+    # ---- coming and going
+
+    def add(self, name: str, config: LoraConfig | Mapping[str, object], *, seed: int | None = None) -> LoraReport:
+        """Make a fresh adapter and let it train, alone in the model.
+
+        Raises:
+            LoraConfigError: If the config does not fit; all is as it was then.
+        """
+        self._free(name)
+        with self._base_model():
+            report = inject_lora(self.model, config, seed=seed)
+            self._held[name] = take_out(self.model, offload=self._offload)
+        self.train(name)
+        return report
+
+    def load(self, name: str, folder: str | os.PathLike[str], *, room: int | None = None) -> LoraReport:
+        """Read an adapter folder, ours or PEFT's; what is in the model stays in it.
+
+        Args:
+            name: What to call it.
+            folder: The folder.
+            room: Fill its ranks up with zeros to this one, so that adapters of up to that rank can be swapped in.
+
+        Raises:
+            AdapterError: If it does not fit; all is as it was then.
+        """
+        self._free(name)
+        with self._base_model():
+            report = load_adapter(self.model, folder)
+            held = take_out(self.model, offload=self._offload)
+            if room is not None:
+                make_room(held, self.model, room)
+            self._held[name] = held
+        return report
+
+    def load_all(self, folder: str | os.PathLike[str]) -> tuple[str, ...]:
+        """Read what :meth:`save` (or PEFT) wrote: ``"default"`` from the folder itself, others from folders in it.
+
+        Returns:
+            Their names.
+
+        Raises:
+            AdapterError: If there is none, or one does not fit; those before it are there then.
+        """
+        top = Path(folder)
+        found = {DEFAULT: top} if (top / CONFIG_FILE).is_file() else {}
+        found |= {path.parent.name: path.parent for path in sorted(top.glob(f"*/{CONFIG_FILE}"))}
+        if not found:
+            raise AdapterError(f"{top} holds no adapter, and no folder in it does")
+        for name in found:
+            self._free(name)
+        for name, path in found.items():
+            self.load(name, path)
+        return tuple(found)
+
+    def save(
+        self, folder: str | os.PathLike[str], names: Sequence[str] | None = None, *, overwrite: bool = False
+    ) -> list[Path]:
+        """Write adapters as PEFT lays them out: ``"default"`` into the folder itself, others into folders in it.
+
+        Args:
+            folder: Made if need be.
+            names: Which; all by default.
+            overwrite: Replace adapters that are there already.
+
+        Returns:
+            Their folders.
+        """
+        written = []
+        with self._base_model():
+            for name in self.names if names is None else names:
+                put_in(self.model, self._get(name))
+                try:
+                    place = Path(folder) if name == DEFAULT else Path(folder) / name
+                    written.append(save_adapter(self.model, place, overwrite=overwrite))
+                finally:
+                    self._held[name] = take_out(self.model, offload=self._offload)
+        return written
+
+    def delete(self, name: str) -> None:
+        """Let an adapter go; where it was one of those in the model, the others stay."""
+        self._get(name)
+        if name in self.active:
+            self._change(tuple(other for other in self.active if other != name))
+        del self._held[name]
+
+    # ---- which are in the model
+
+    def set(self, *names: str) -> None:
+        """Have these adapters in the model, frozen: one, or the sum of several; with no name none.
+
+        Raises:
+            AdapterError: If there is no such adapter, or their sum is no adapter (DoRA, two trained heads).
+        """
+        self._change(names)
+
+    def train(self, name: str) -> None:
+        """Have one adapter in the model and let it train: its parameters are those of :func:`lora_parameters`."""
+        self._change((name,), trains=True)
+
+    def disable(self) -> None:
+        """Have none in the model: the base, as :func:`unload_lora` leaves it."""
+        self._change(())
+
+    def report(self) -> LoraReport:
+        """What is in the model."""
+        return report_of(self.model)
+
+    @contextlib.contextmanager
+    def rows(self, names: Sequence[str], *, beams: int = 1) -> Iterator[Rows]:
+        """Compute each row of a batch with an adapter of its own, inside the ``with`` block and in eval mode.
+
+        Args:
+            names: For each row an adapter, or ``"__base__"``.
+            beams: How many rows generation makes of each: ``num_beams``, or ``num_return_sequences`` where it samples.
+
+        Yields:
+            Whose the rows are; its ``assign`` names those of another batch, of the same adapters.
+        """
+        for name in () if isinstance(names, str) else names:
+            if name != BASE:
+                self._get(name)
+        with self._base_model(), per_row(self.model, self._held, names, beams) as rows:
+            yield rows
+
+    # ---- changing adapters
+
+    def swap(self, name: str, folder: str | os.PathLike[str]) -> None:
+        """Put the values of an adapter folder into an adapter's tensors; what was compiled with it stays compiled.
+
+        The adapter keeps its layers, ranks, scales and dropout: smaller ranks are filled up with zeros, layers that the
+        folder has not do nothing, and another scale goes into ``B``. ``load(…, room=r)`` makes room for larger ranks.
+
+        Raises:
+            AdapterError: If it does not fit; nothing is changed then.
+        """
+        held = self._get(name)
+        if name in self.active and len(self.active) > 1:
+            raise AdapterError(f"{name} is in the model as part of a sum: set({name!r}) first, then swap")
+        refill(held, self.model, folder, lora_state_dict(self.model) if name in self.active else None)
+
+    def add_weighted(
+        self,
+        name: str,
+        weights: Mapping[str, float],
+        *,
+        how: str = "svd",
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_driver: str | None = None,
+    ) -> None:
+        """Make one adapter of several; what is in the model stays in it.
+
+        Args:
+            name: What to call it.
+            weights: How much each counts; below zero it is taken away. The order is that of random draws.
+            how: PEFT's ``combination_type``: see :mod:`lora_lightning.adapters.combine`.
+            density: See :class:`~lora_lightning.adapters.combine.Combination`, as for all that follow.
+            majority_sign_method: See there.
+            svd_rank: See there.
+            svd_clamp: See there.
+            svd_driver: See there.
+
+        Raises:
+            LoraConfigError: If the settings do not go together, or the ranks differ where they must not.
+            AdapterError: If the adapters cannot be combined.
+        """
+        self._free(name)
+        parts = {each: self._get(each) for each in weights}
+        way = Combination(how, density, majority_sign_method, svd_rank, svd_clamp, svd_driver)
+        with self._base_model():
+            self._held[name] = weighted(parts, weights, way, self.model)
+
+    # ---- what this is made of
+
+    def _get(self, name: str) -> Held:
+        if name not in self._held:
+            there = ", ".join(self._held) or "none"
+            raise AdapterError(f"no adapter {name!r}{did_you_mean(name, self._held)}; there are: {there}")
+        return self._held[name]
+
+    def _free(self, name: str) -> None:
+        if name in self._held:
+            raise AdapterError(f"there is an adapter {name!r} already: delete({name!r}) it, or swap({name!r}, folder)")
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w .+=-]*", name) or name == BASE:
+            raise AdapterError(
+                f"an adapter's name is a folder's name too: letters, digits and . _ - + =, not {BASE!r}; got {name!r}"
+            )
+
+    def _change(self, names: tuple[str, ...], *, trains: bool = False) -> None:
+        held = [self._get(name) for name in names]
+        if len(set(names)) < len(names):
+            raise AdapterError(f"each adapter is in the sum once, got {', '.join(names)}")
+        self._settle()
+        if self._in is not None and self._in.names == names:
+            let_train(self.model, trains)
+            return
+        new = None
+        if names:
+            together = held[0] if len(names) == 1 else summed(dict(zip(names, held, strict=True)), self.model)
+            new = _In(names, together, trains)
+        before = self._take_out()
+        try:
+            self._put_in(new)
+        except Exception:
+            self._put_in(before)
+            raise
+
+    @contextlib.contextmanager
+    def _base_model(self) -> Iterator[None]:
+        """The plain base inside the ``with`` block; what was in it is in it again afterwards."""
+        self._settle()
+        before = self._take_out(offload=False)
+        try:
+            yield
+        finally:
+            self._put_in(before)
+
+    def _take_out(self, *, offload: bool | None = None) -> _In | None:
+        now, self._in = self._in, None
+        if now is None:
+            return None
+        now.trains = any(parameter.requires_grad for parameter in now.held.low.values())
+        now.held = take_out(self.model, offload=self._offload if offload is None else offload)
+        if len(now.names) == 1:
+            self._held[now.names[0]] = now.held
+        self._base = self._base or fingerprint(find_root(self.model)[1])
+        return now
+
+    def _put_in(self, now: _In | None) -> None:
+        if now is not None:
+            put_in(self.model, now.held, trains=now.trains)
+        self._in = now
+
+    def _settle(self) -> None:
+        """Notice what others have done to the model meanwhile.
+
+        Raises:
+            AdapterError: If that was another adapter, or another base.
+        """
+        roots = list(injected_roots(self.model).values())
+        if roots and (self._in is None or record_of(roots[0]) is not self._in.held.record):
+            raise AdapterError(
+                "the model has an adapter that none of these adapters is: unload_lora(model) first, or save it and "
+                "load(name, folder)"
+            )
+        if self._in is not None and not roots:
+            self._in = None
+            if self._base is not None and fingerprint(find_root(self.model)[1]) != self._base:
+                raise AdapterError(
+                    "the base is another one than these adapters were made for, since one was merged into it: make "
+                    "Adapters(model) anew and load those that fit the merged model"
+                )
+
+
+@dataclass
+class _In:
+    """What is in the model: which adapters, them as one, and whether it trains."""
+
+    names: tuple[str, ...]
+    held: Held
+    trains: bool
