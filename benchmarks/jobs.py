@@ -202,6 +202,22 @@ class Injections:
         return timed(lambda: ADAPT[self._spec.layer](base, self._spec))
 
 
+class InjectionsWithoutMemory:
+    """Giving Llama-8B's 224 linear layers their adapters where nothing has memory: all contenders in one process."""
+
+    def __init__(self, threads: int, layers: int | None) -> None:
+        settle(threads)
+        self._shape = SHAPES["llama-8b"].cut(layers)
+
+    def turn(self, number: int, spec: Spec) -> float:
+        """Seconds of this process's own time for one injection, into a new model."""
+        base = build_model(self._shape, device="meta")
+        gc.collect()
+        begin = time.process_time()
+        ADAPT[spec.layer](base, spec)
+        return time.process_time() - begin
+
+
 class Checks:
     """Gradients against float64, of any contender on any task."""
 

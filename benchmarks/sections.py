@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import contenders as c
-from benchmarks.jobs import Injections, Steps, Trained
+from benchmarks.jobs import Injections, InjectionsWithoutMemory, Steps, Trained
 from benchmarks.measure import MB, interleave, ratios, spread
 from benchmarks.shapes import HEADLINES, LLAMA_8B_LAYERS, WHOLE_STORIES
 
@@ -132,13 +132,18 @@ def dora(bench: Bench) -> None:
 
 
 def injection(bench: Bench) -> None:
-    """Injection into 896 small linear layers."""
+    """Injection into 896 small linear layers, and into those of Llama-8B without memory."""
     layers = 2 if bench.quick else 128
     specs = bench.able({OURS: c.OURS, SHIPPED: c.PEFT_SHIPPED})
     with bench.workers({name: (Injections, spec, layers) for name, spec in specs.items()}) as made:
         times = bench.time(made)
     bench.row(f"injection, {7 * layers} modules", spread(times[OURS]), 0.2, unit="s")
     bench.compare(times, OURS, SHIPPED, f"injection, {7 * layers} modules, against PEFT", target=0.1)
+    with bench.workers({"both": (InjectionsWithoutMemory, 1 if bench.quick else None)}) as made:
+        turns = {name: (lambda n, spec=spec: made["both"].call("turn", n, spec)) for name, spec in specs.items()}
+        times = interleave(turns, bench.rounds)
+    what = "injection on the meta device, Llama-8B's 224 modules, process time"
+    bench.compare(times, OURS, SHIPPED, f"{what}, against PEFT", target=0.1)
 
 
 def imports(bench: Bench) -> None:
