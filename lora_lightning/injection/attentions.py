@@ -50,12 +50,13 @@ def meant_by(name: str, adapted: Mapping[str, nn.Module]) -> str:
     return parent if parent != name and isinstance(adapted.get(parent), nn.MultiheadAttention) else name
 
 
-def attention_hindrance(name: str, modules: Mapping[str, nn.Module]) -> str | None:
+def attention_hindrance(name: str, modules: Mapping[str, nn.Module], config: LoraConfig) -> str | None:
     """Why the attention around a layer could not be made to read it; None where it can, and where there is none."""
     parent = modules.get(name.rpartition(".")[0])
-    if parent is modules[name] or not isinstance(parent, nn.MultiheadAttention) or (why := why_not(parent)) is None:
+    if parent is modules[name] or not isinstance(parent, nn.MultiheadAttention):
         return None
-    return f"the attention around it reads its weight, and cannot be changed to read another: {why}"
+    why = "alora_invocation_tokens would need one a token" if config.alora_invocation_tokens else why_not(parent)
+    return why and f"the attention around it reads its weight, and cannot be changed to read another: {why}"
 
 
 def _some(names: list[str], most: int = 3) -> str:

@@ -120,7 +120,7 @@ def _hindrance(name: str, modules: Mapping[str, nn.Module], config: LoraConfig, 
         why_not(layer)
         or kind.lora_hindrance(layer)
         or kind.lora_rank_hindrance(layer, r)
-        or attention_hindrance(name, modules)
+        or attention_hindrance(name, modules, config)
     )
 
 

@@ -127,7 +127,7 @@ class LoraOverConv(LoraLayer):
         args, kwargs = ((x, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): x})
         with showing(self._shown(weight)):
             dropped = own(*args, **kwargs)
-        with showing([(self, "weight", base)]):
+        with showing(self._shown(base)):
             return out + (dropped - own(*args, **kwargs))
 
     def _shown(self, weight: Tensor) -> list[Shown]:
