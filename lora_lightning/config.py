@@ -51,7 +51,8 @@ class LoraConfig:
     Args:
         r: Rank of the update, at least 1.
         lora_alpha: Numerator of the scale.
-        lora_dropout: Probability, in [0, 1), of dropping an input of ``A`` in training; not used on embeddings.
+        lora_dropout: Probability, in [0, 1), of dropping an input of ``A`` in training; not used on embeddings
+            and in ``nn.MultiheadAttention``.
         target_modules: ``"all-linear"`` (every linear layer but the output head), a regular expression that must match
             a whole module name, or a list of names, each matching that module or any whose name ends in ``.name``.
         exclude_modules: Modules to leave out, written like ``target_modules`` (regular expression or list).
