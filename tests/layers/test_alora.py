@@ -1,0 +1,354 @@
+"""Activated LoRA against PEFT's, against its definition, and in all the ways in which a text can come to a model."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+
+import peft
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from lora_lightning import (
+    AdapterError,
+    LoraConfig,
+    LoraConfigError,
+    causal_lm_loss,
+    inject_lora,
+    load_adapter,
+    lora_disabled,
+    lora_parameters,
+    merge_lora,
+    save_adapter,
+    unload_lora,
+)
+from lora_lightning.layers.alora import ALoraLinear
+from lora_lightning.layers.invocation import Invocation, _last_start
+
+TOKENS = [5, 6]
+# Rows with the tokens in the middle, twice, at the end, only half of them, and not at all.
+IDS = torch.tensor(
+    [
+        [1, 2, 5, 6, 3, 4, 9, 8],
+        [5, 6, 1, 2, 5, 6, 7, 7],
+        [0, 0, 0, 4, 3, 2, 5, 6],
+        [5, 5, 1, 6, 6, 2, 1, 5],
+        [9, 8, 7, 1, 2, 3, 4, 1],
+    ]
+)
+FIRST = [2, 4, 6, 8, 8]
+"""From where on the adapter is in force."""
+
+
+def llama(dtype=torch.float64):
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=12, **sizes, max_position_embeddings=64, eos_token_id=None, pad_token_id=0)
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def gpt2():
+    torch.manual_seed(1)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=12, n_embd=16, n_layer=2, n_head=2, n_positions=64)).double().eval()
+
+
+SETTINGS = {"r": 3, "lora_alpha": 12, "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+
+
+def adapted(model=None, seed=1, **more):
+    model = llama() if model is None else model
+    inject_lora(model, LoraConfig(**SETTINGS, alora_invocation_tokens=TOKENS, **more), seed=seed)
+    return model
+
+
+def by_definition(model, ids):
+    """Every row by itself: outputs where the adapter is in force come from keys that the base made before it."""
+    rows = []
+    for row in ids:
+        hits = [i for i in range(len(row) - 1) if row[i : i + 2].tolist() == TOKENS]
+        start = hits[-1] if hits else len(row)
+        cache = DynamicCache(config=model.config)
+        parts = []
+        if start:
+            with lora_disabled(model):
+                parts.append(model(row[None, :start], past_key_values=cache).logits[0])
+        if start < len(row):
+            parts.append(model(row[None, start:], past_key_values=cache).logits[0])
+        rows.append(torch.cat(parts))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_outputs_and_gradients_are_those_of_peft(make, tmp_path):
+    model = adapted(make(), target_modules="all-linear")
+    save_adapter(model, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(make(), tmp_path / "ours", is_trainable=True).eval()
+    assert theirs.peft_config["default"].alora_invocation_tokens == TOKENS
+    ours, wanted = model(IDS).logits, theirs(input_ids=IDS).logits
+    torch.testing.assert_close(ours, wanted)
+    ours.square().sum().backward()
+    wanted.square().sum().backward()
+    grads = {name.replace(".default", ""): p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    for name, parameter in lora_parameters(model).items():
+        torch.testing.assert_close(parameter.grad, grads[f"base_model.model.{name}.weight"], msg=name)
+
+
+def test_outputs_are_those_of_the_definition_and_the_bases_before_it():
+    model = adapted()
+    with torch.no_grad():
+        out = model(IDS).logits
+        torch.testing.assert_close(out, by_definition(model, IDS))
+        with lora_disabled(model):
+            base = model(IDS).logits
+    assert torch.equal(base, llama()(IDS).logits)
+    for row, first in enumerate(FIRST):
+        assert torch.equal(out[row, :first], base[row, :first])
+        assert not any(torch.allclose(out[row, t], base[row, t]) for t in range(first, 8))
+
+
+def test_a_file_of_peft_is_read(tmp_path):
+    torch.manual_seed(4)
+    config = peft.LoraConfig(**SETTINGS, alora_invocation_tokens=TOKENS, target_modules=["q_proj", "down_proj"])
+    theirs = peft.get_peft_model(llama(), config).double().eval()
+    theirs.save_pretrained(tmp_path)
+    model = llama()
+    load_adapter(model, tmp_path)
+    torch.testing.assert_close(model(IDS).logits, theirs(input_ids=IDS).logits)
+
+
+# ---- a text in parts
+
+
+def test_generation_is_that_of_peft_with_a_cache_and_needs_none(tmp_path):
+    model = adapted()
+    save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(llama(), tmp_path).eval()
+    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
+    out = model.generate(IDS, **options)
+    assert torch.equal(out, theirs.generate(input_ids=IDS, **options))
+    made = out[:, 8:]
+    assert not any(made[row, t : t + 2].tolist() == TOKENS for row in range(5) for t in range(5))
+    assert torch.equal(out, model.generate(IDS, use_cache=False, **options))
+    with lora_disabled(model):
+        assert not torch.equal(out, model.generate(IDS, **options))
+
+
+def test_beam_search_with_a_cache_and_without():
+    model = adapted()
+    options = {"max_new_tokens": 5, "num_beams": 3, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
+    assert torch.equal(model.generate(IDS, **options), model.generate(IDS, use_cache=False, **options))
+
+
+@pytest.mark.parametrize("cuts", [(3,), (5,), (1, 2, 5), (7,), (1, 2, 3, 4, 5, 6, 7)])
+def test_a_prompt_in_parts_is_computed_as_the_whole(cuts):
+    """Also where a cut goes through the tokens. A row in which they appear twice was in force in between, as it came."""
+    model = adapted()
+    ids = IDS[[0, 2, 3, 4]]
+    whole = model(ids).logits
+    cache = DynamicCache(config=model.config)
+    edges = [0, *cuts, 8]
+    parts = [
+        model(ids[:, a:b], past_key_values=cache).logits
+        for a, b in zip(edges[:-1], edges[1:], strict=True)
+        if b - a > 1
+    ]
+    if all(b - a > 1 for a, b in zip(edges[:-1], edges[1:], strict=True)):
+        wanted = whole
+        found = torch.cat(parts, dim=1)
+        for row in range(4):
+            # The first token of a cut invocation has been computed before anybody could know.
+            first = [2, 6, 8, 8][row]
+            late = next((edge for edge in cuts if first < edge < first + 2), first)
+            torch.testing.assert_close(found[row, :first], wanted[row, :first])
+            if late == first:
+                torch.testing.assert_close(found[row], wanted[row])
+
+
+def test_a_cache_that_the_model_makes_itself_goes_on():
+    model = adapted()
+    whole = model(torch.cat([IDS, IDS[:, 2:4]], 1)[:, :9])
+    first = model(IDS, use_cache=True)
+    then = model(torch.cat([IDS, IDS[:, 2:4]], 1)[:, 8:9], past_key_values=first.past_key_values)
+    rows = [0, 1, 2, 4]
+    torch.testing.assert_close(then.logits[rows, -1], whole.logits[rows, -1])
+
+
+def test_a_cache_of_the_base_is_taken_over():
+    """What the method is for: the base has read the text, and the adapter is invoked on it."""
+    model = adapted()
+    cache = llama()(IDS[:, :4], use_cache=True).past_key_values
+    told = torch.tensor([[5, 6, 1]] * 5)
+    out = model(told, past_key_values=cache).logits
+    fresh = torch.tensor([[1, 2, 3, 4]])  # none of the tokens in it
+    text = torch.cat([IDS[:, :4], told], 1)
+    torch.testing.assert_close(out, by_definition(model, text)[:, 4:])
+    assert fresh.shape == (1, 4)
+
+
+def test_the_head_alone_of_some_positions():
+    model = adapted(target_modules=["q_proj", "lm_head"])
+    whole = model(IDS).logits
+    torch.testing.assert_close(model(IDS, logits_to_keep=3).logits, whole[:, -3:])
+    kept = torch.tensor([1, 5, 6])
+    torch.testing.assert_close(model(IDS, logits_to_keep=kept).logits, whole[:, kept])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.lists(st.lists(st.integers(0, 2), min_size=6, max_size=6), min_size=1, max_size=3),
+    tokens=st.lists(st.integers(0, 2), min_size=1, max_size=7),
+)
+def test_the_last_appearance_is_found(rows, tokens):
+    n = len(tokens)
+    wanted = [max((i for i in range(6 - n + 1) if row[i : i + n] == tokens), default=6) for row in rows]
+    assert _last_start(torch.tensor(rows), tokens).tolist() == wanted
+
+
+# ---- training
+
+
+def test_training_moves_it_and_the_loss_needs_no_logits():
+    model = adapted().train()
+    batch = {"input_ids": IDS, "labels": IDS.clone()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it would be told that logits are made in full
+        loss = causal_lm_loss(model, batch).mean
+    torch.testing.assert_close(loss, model(**batch).loss)
+    loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in lora_parameters(model).values())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing(reentrant):
+    plain, model = adapted().train(), adapted().train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    ignored = model(IDS.flip(0))  # a forward without a backward, let go
+    del ignored
+    for each in (plain, model):
+        each(IDS).logits.square().sum().backward()
+    for name, parameter in lora_parameters(plain).items():
+        torch.testing.assert_close(model.get_parameter(name).grad, parameter.grad)
+    one, other = model(IDS).logits, model(IDS.flip(1)).logits
+    with pytest.raises(LoraConfigError, match="backward after each forward"):
+        (one.square().sum() + other.square().sum()).backward()
+
+
+def test_a_batch_without_the_tokens_has_gradients_of_zero():
+    model = adapted()
+    model(IDS[4:]).logits.sum().backward()
+    assert all(p.grad.abs().sum() == 0 for p in lora_parameters(model).values())
+
+
+# ---- other ways to call
+
+
+def test_the_backbone_by_itself_and_offsets_as_peft_takes_them():
+    model = adapted()
+    whole = model(IDS, output_hidden_states=True)
+    torch.testing.assert_close(model.model(IDS).last_hidden_state, whole.hidden_states[-1])
+    offsets = [8 - first or None for first in FIRST]
+    torch.testing.assert_close(model(IDS, alora_offsets=offsets).logits, whole.logits)
+    embedded = model.get_input_embeddings()(IDS)
+    torch.testing.assert_close(model(inputs_embeds=embedded, alora_offsets=offsets).logits, whole.logits)
+    with pytest.warns(UserWarning, match="Give input_ids"):
+        base = model(inputs_embeds=embedded).logits
+    torch.testing.assert_close(base, llama()(IDS).logits)
+
+
+def test_layers_by_themselves_are_refused():
+    model = adapted()
+    with pytest.raises(LoraConfigError, match="called by itself"):
+        model.model.layers[0].self_attn.q_proj(torch.randn(1, 2, 16).double())
+
+    class Mixture(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.emb, self.expert = nn.Embedding(12, 4), nn.Linear(4, 4)
+
+        def forward(self, input_ids):
+            return self.expert(self.emb(input_ids).flatten(0, 1)[:3])
+
+    mixture = Mixture()
+    inject_lora(mixture, LoraConfig(alora_invocation_tokens=TOKENS, target_modules=["expert"]))
+    with pytest.raises(LoraConfigError, match="exclude_modules"):
+        mixture(IDS)
+    assert isinstance(mixture.expert, ALoraLinear)
+
+
+def test_a_call_that_fails_leaves_nothing_behind():
+    model = adapted()
+    with pytest.raises(IndexError):
+        model(torch.full((1, 3), 99))
+    torch.testing.assert_close(model(IDS).logits, by_definition(model, IDS))
+
+
+def test_compiled():
+    model = adapted()
+    wanted = model(IDS).logits
+    torch.testing.assert_close(torch.compile(model, backend="eager")(IDS).logits, wanted)
+
+
+# ---- as other adapters
+
+
+def test_merging_is_refused_and_unloading_leaves_the_base():
+    model = adapted()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(AdapterError, match="in force from its invocation tokens on"):
+        merge_lora(model)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    unload_lora(model)
+    plain = llama()
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+    for module in model.modules():
+        assert not (module._forward_hooks or module._forward_pre_hooks or module._forward_hooks_always_called)
+        assert not any("lora" in name for name in vars(module))
+    adapted(model)
+
+
+def test_copies_know_their_own_calls():
+    model = adapted()
+    wanted = model(IDS).logits
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        held = {id(m.lora_invocation) for m in twin.modules() if isinstance(m, ALoraLinear)}
+        assert len(held) == 1
+        assert held != {id(m.lora_invocation) for m in model.modules() if isinstance(m, ALoraLinear)}
+        torch.testing.assert_close(twin(IDS).logits, wanted)
+    assert copy.deepcopy(Invocation([1, 2])).tokens == (1, 2)
+
+
+def test_half_precision_and_a_bias_of_b(tmp_path):
+    model = adapted(llama(torch.bfloat16))
+    assert model(IDS).logits.dtype == torch.bfloat16
+    model = adapted(target_modules=["q_proj", "down_proj"], lora_bias=True)
+    with torch.no_grad():
+        for name, parameter in lora_parameters(model).items():
+            if name.endswith("bias"):
+                parameter.normal_()
+    save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(llama(), tmp_path).eval()
+    torch.testing.assert_close(model(IDS).logits, theirs(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"use_dora": True}, "does not go with use_dora"),
+        ({"target_modules": ["embed_tokens"]}, "alora_invocation_tokens does not go with a layer of class Embedding"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+    ],
+)
+def test_what_does_not_go_together(more, message):
+    model = llama()
+    with pytest.raises(LoraConfigError, match=message):
+        inject_lora(model, LoraConfig(**(SETTINGS | {"alora_invocation_tokens": TOKENS} | more)))
+    assert not any("lora" in name for module in model.modules() for name in vars(module))
