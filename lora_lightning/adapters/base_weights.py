@@ -20,7 +20,7 @@ from lora_lightning.injection.inject import default_seed
 from lora_lightning.injection.matching import matches
 from lora_lightning.injection.materialise import Part, Place, low_rank_ids, places, start_adapters
 from lora_lightning.injection.names import find_root, unwrap
-from lora_lightning.injection.state import differences
+from lora_lightning.injection.state import differences, injected_roots, record_of
 from lora_lightning.injection.targets import output_embeddings
 
 _ONE = "model.safetensors"
@@ -65,6 +65,11 @@ def load_base(
     """
     model = unwrap(model)
     root = find_root(model)[1]
+    if any(record_of(each).replicated is not None for each in injected_roots(model).values()):
+        raise AdapterError(
+            "load_base comes before layer_replication: names in the folder are those of the model's own layers. Fill "
+            "the model first, then inject the adapter"
+        )
     stored = _stored(Path(folder))
     low_rank = low_rank_ids(model)
     base = [place for place in places(root) if id(place.tensor) not in low_rank]

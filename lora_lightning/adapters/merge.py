@@ -14,6 +14,7 @@ from lora_lightning.adapters.folder import load_adapter
 from lora_lightning.adapters.merge_report import MergedTensor, MergeReport, largest_difference, outputs_of, warn_of_bits
 from lora_lightning.adapters.ties import part_ties
 from lora_lightning.errors import AdapterError
+from lora_lightning.injection.beside import token_rows
 from lora_lightning.injection.names import unwrap
 from lora_lightning.injection.state import lora_layers, the_root
 from lora_lightning.injection.tensors import norms, spread_like, whole
@@ -51,7 +52,7 @@ def merge_lora(
     """
     model = unwrap(model)
     root = the_root(model)[1]
-    layers = dict(lora_layers(model))
+    layers: dict[str, Any] = {**dict(lora_layers(model)), **dict(token_rows(model))}
     if whys := [f"{name} {why}" for name, layer in layers.items() if (why := layer.lora_unmergeable()) is not None]:
         raise AdapterError("not merged:" + "".join(f"\n  - {why}" for why in whys[:4]))
     before = None if check_on is None else outputs_of(model, check_on)

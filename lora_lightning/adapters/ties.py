@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lora_lightning.errors import AdapterError
 from lora_lightning.injection.names import canonical_modules
+from lora_lightning.injection.state import record_of
 from lora_lightning.layers import LoraLayer
 
 _FLAG = "tie_word_embeddings"
@@ -75,6 +76,12 @@ def part_ties(
         if len(adapted) == len(owners) and _alike(adapted):
             ties.once.update((id(owner.layer), owner.fold) for owner in adapted[1:])
             continue
+        if record_of(root).replicated is not None:
+            raise AdapterError(
+                f"not merged: layer_replication has made {' and '.join(owner.name for owner in owners)} one weight, "
+                "and each layer has an adapter of its own. Keep the adapter beside the model (save_adapter), or build "
+                "and save a model whose layers have weights of their own, before anything is injected"
+            )
         if not untie:
             others = [owner.name.rpartition(".")[0] for owner in owners if owner is not adapted[0]]
             raise AdapterError(
@@ -83,6 +90,9 @@ def part_ties(
                 f"{getattr(adapted[0].module, adapted[0].local).numel():,} parameters more"
             )
         apart += adapted[len(adapted) == len(owners) :]  # of tensors that are all adapted, one keeps the first
+    if record_of(root).untied and _ends_apart(root):  # modules trained in full
+        _check_flag(root)
+        _clear_flag(root, undo)
     if apart:
         _check_flag(root)
         ties.copies = [_part(owner, undo) for owner in apart]
@@ -97,13 +107,19 @@ def part_ties(
     return ties
 
 
+def _ends_apart(root: nn.Module) -> bool:
+    """Whether a transformers model has an input embedding and a head with weights of their own."""
+    ends = [getattr(root, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
+    return None not in ends and ends[0].weight is not ends[1].weight
+
+
 def _shared(model: nn.Module, layers: Mapping[str, LoraLayer]) -> Iterator[list[Owner]]:
     """The owners of each tensor that merging changes and several modules have."""
     folds: dict[tuple[int, str], tuple[LoraLayer, str]] = {}
     for layer in layers.values():
         for fold in layer.lora_folds:
-            path, _, local = fold.rpartition(".")
-            folds[id(layer.get_submodule(path)), local] = (layer, fold)
+            module, local = layer.lora_place(fold)
+            folds[id(module), local] = (layer, fold)
     found: dict[int, list[Owner]] = {}
     for prefix, module in canonical_modules(model):
         for local, tensor in module._parameters.items():

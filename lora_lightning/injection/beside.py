@@ -43,7 +43,8 @@ def inject_beside(root: nn.Module, plan: Plan, config: LoraConfig, seed: int, *,
         adapted, head = modules[source], modules[name]
         if isinstance(adapted, LoraLayer) and not isinstance(head, LoraLayer):
             adapt_tied(head, adapted, source, config.lora_dropout)
-    forget_walks()
+    if plan.parameters or plan.tokens:
+        forget_walks()
 
 
 def token_rows(model: nn.Module) -> Iterator[tuple[str, TokenRows]]:

@@ -10,6 +10,7 @@ from torch import nn
 from lora_lightning.injection.names import canonical_modules, parameters_of
 from lora_lightning.injection.targets import output_embeddings
 from lora_lightning.layers import LoraLayer
+from lora_lightning.layers.tokens import TokenRows
 
 
 def meant_to_train(
@@ -77,7 +78,7 @@ def _topmost(model: nn.Module, known: set[int]) -> list[str]:
 
     def fresh(module: nn.Module) -> bool:
         if id(module) not in verdicts:
-            own = id(module) not in known and not isinstance(module, LoraLayer)
+            own = id(module) not in known and not isinstance(module, (LoraLayer, TokenRows))
             verdicts[id(module)] = own and all(fresh(child) for child in module.children())
         return verdicts[id(module)]
 
