@@ -1,0 +1,159 @@
+"""Tied embeddings and heads: one adapter for both where that is asked for, and parted as in PEFT where it is not."""
+
+import copy
+import pickle
+import warnings
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora_lightning import (
+    AdapterError,
+    LoraConfig,
+    LoraConfigError,
+    inject_lora,
+    load_adapter,
+    lora_disabled,
+    lora_parameters,
+    merge_lora,
+    save_adapter,
+    unload_lora,
+)
+
+EXACT = {"atol": 1e-10, "rtol": 1e-10}
+
+
+@pytest.fixture
+def tied():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)
+    return LlamaForCausalLM(config).double().eval()
+
+
+def _theirs(base, folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.PeftModel.from_pretrained(copy.deepcopy(base), folder, autocast_adapter_dtype=False).eval()
+
+
+def _injected(base, **fields):
+    model = copy.deepcopy(base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        inject_lora(model, LoraConfig(r=3, **fields))
+    return model
+
+
+TARGETS = [["embed_tokens", "q_proj"], ["lm_head", "q_proj"], ["embed_tokens", "lm_head"], r".*embed_tokens|.*q_proj"]
+FULL = [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]]
+CASES = [*({"target_modules": names} for names in TARGETS)]
+CASES += [*({"target_modules": ["q_proj"], "modules_to_save": names} for names in FULL)]
+
+
+@pytest.mark.parametrize("ensured", [True, False])
+@pytest.mark.parametrize("fields", CASES)
+def test_files_travel_both_ways_with_equal_outputs(fields, ensured, tied, tokens, shake, tmp_path):
+    model = _injected(tied, **fields, ensure_weight_tying=ensured)
+    assert torch.equal(model(tokens).logits, tied(tokens).logits)
+    shake(model)
+    logits = model(tokens).logits
+    folder = save_adapter(model, tmp_path / "ours")
+    theirs = _theirs(tied, folder)
+    torch.testing.assert_close(theirs(tokens).logits, logits, **EXACT)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs.save_pretrained(tmp_path / "theirs")
+        loaded = copy.deepcopy(tied)
+        load_adapter(loaded, tmp_path / "theirs")
+    torch.testing.assert_close(loaded(tokens).logits, logits, **EXACT)
+    unload_lora(loaded)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert torch.equal(loaded(tokens).logits, tied(tokens).logits)
+
+
+@pytest.mark.parametrize("fields", CASES)
+def test_what_is_tied_has_one_gradient_and_merges(fields, tied, tokens, shake):
+    model = _injected(tied, **fields, ensure_weight_tying=True)
+    shake(model)
+    named = lora_parameters(model)
+    assert not any("lm_head" in name for name in named)
+    assert len({id(p) for p in named.values()}) == len(named)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(named)
+    loss = model(tokens, labels=tokens).loss
+    loss.backward()
+    name = next(name for name in named if "embed_tokens" in name)
+    index = (1, 2) if name.endswith("lora_A") else (int(tokens[0, 0]), 1)
+    step = 1e-6
+    with torch.no_grad():
+        named[name][index] += step
+        more = model(tokens, labels=tokens).loss
+        named[name][index] -= 2 * step
+        less = model(tokens, labels=tokens).loss
+        named[name][index] += step
+    torch.testing.assert_close(named[name].grad[index], (more - less) / (2 * step), atol=1e-7, rtol=1e-6)
+    adapted = model(tokens).logits
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(tokens).logits, adapted)
+    with lora_disabled(model):
+        torch.testing.assert_close(model(tokens).logits, tied(tokens).logits, **EXACT)
+    assert torch.equal(model(tokens).logits, adapted)
+    merged = copy.deepcopy(model)
+    merge_lora(merged)
+    torch.testing.assert_close(merged(tokens).logits, adapted, **EXACT)
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    unload_lora(model)
+    assert torch.equal(model(tokens).logits, tied(tokens).logits)
+    assert [type(m) for m in model.modules()] == [type(m) for m in tied.modules()]
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_without_it_they_part_and_people_are_told(tied, tokens, shake):
+    for fields in ({"target_modules": ["embed_tokens"]}, {"modules_to_save": ["embed_tokens"]}):
+        model = copy.deepcopy(tied)
+        with pytest.warns(UserWarning, match=r"embed_tokens and lm_head are tied.*ensure_weight_tying=True keeps"):
+            inject_lora(model, LoraConfig(r=2, **fields))
+        shake(model)
+        adapted = model(tokens).logits
+        if "modules_to_save" in fields:
+            assert model.lm_head.weight is not model.model.embed_tokens.weight
+            assert torch.equal(model.lm_head.weight, tied.lm_head.weight)
+            merged = copy.deepcopy(model)
+            merge_lora(merged)
+            torch.testing.assert_close(merged(tokens).logits, adapted, **EXACT)
+            assert merged.config.tie_word_embeddings is False
+        with lora_disabled(model):
+            assert torch.equal(model(tokens).logits, tied(tokens).logits)
+        unload_lora(model)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert model.config.tie_word_embeddings
+        assert torch.equal(model(tokens).logits, tied(tokens).logits)
+        assert all(p.requires_grad for p in model.parameters())
+
+
+def test_what_has_no_effect_is_told(tied, llama):
+    with pytest.warns(UserWarning, match="no layer is tied to the input embedding"):
+        inject_lora(llama, LoraConfig(target_modules=["embed_tokens"], ensure_weight_tying=True))
+    with pytest.warns(UserWarning, match="neither model.embed_tokens nor lm_head is in target_modules"):
+        inject_lora(tied, LoraConfig(target_modules=["q_proj"], ensure_weight_tying=True))
+
+
+def test_a_magnitude_cannot_be_tied(tied):
+    with pytest.raises(LoraConfigError, match="does not go with use_dora"):
+        inject_lora(tied, LoraConfig(target_modules=["embed_tokens"], ensure_weight_tying=True, use_dora=True))
+
+
+def test_a_file_whose_tied_layers_differ_is_refused(tied, shake, tmp_path):
+    model = _injected(tied, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    shake(model)
+    folder = save_adapter(model, tmp_path / "a")
+    values = load_file(folder / "adapter_model.safetensors")
+    values["base_model.model.lm_head.lora_A.weight"][0, 0] += 1
+    save_file(values, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    loaded = copy.deepcopy(tied)
+    with pytest.raises(AdapterError, match=r"lm_head\.lora_A\.weight is not that of the embedding"):
+        load_adapter(loaded, folder)
+    assert [type(m) for m in loaded.modules()] == [type(m) for m in tied.modules()]
