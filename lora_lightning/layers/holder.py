@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_lightning.layers.made import made_class, plain_class
+from lora_lightning.layers.showing import showing
 
 _FOLLOWS = "lora_follows"
 
@@ -32,23 +33,15 @@ class LoraHolder(nn.Module):
     """Mixin of a module that has parts of an adapter, which change what it sees of its own parameters in its forward.
 
     The values are computed at each call, so that gradient checkpointing recomputes them too, and nothing but autograd
-    keeps them after it. Whoever reads a parameter from outside gets the base's. Not for several threads at once.
+    keeps them after it. Whoever reads a parameter from outside gets the base's.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module's own class makes of its input, over the changed parameters."""
-        own = vars(self)
-        before = {part.lora_parameter: own.get(part.lora_parameter) for part in parts_of(self) if part.lora_enabled}
-        try:
-            for part in parts_of(self):
-                if part.lora_enabled:  # an entry in the instance's dict is found before a registered parameter
-                    own[part.lora_parameter] = part.lora_value(getattr(self, part.lora_parameter))
+        active = (part for part in parts_of(self) if part.lora_enabled)
+        values = ((self, part.lora_parameter, part.lora_value(getattr(self, part.lora_parameter))) for part in active)
+        with showing(values):
             return super().forward(*args, **kwargs)
-        finally:
-            for name, value in before.items():
-                own.pop(name, None)
-                if value is not None:
-                    own[name] = value
 
 
 def parts_of(holder: nn.Module) -> Iterator[Showing]:
