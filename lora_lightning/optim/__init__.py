@@ -4,6 +4,7 @@ from lora_lightning.optim.fused import fuse
 from lora_lightning.optim.groups import parameter_groups
 from lora_lightning.optim.lora_fa import lora_fa
 from lora_lightning.optim.lora_plus import lora_plus
+from lora_lightning.optim.lora_rite import lora_rite
 from lora_lightning.optim.packages import adamw_8bit, schedule_free
 from lora_lightning.optim.riemannian import precondition, riemannian, riemannian_sgd
 from lora_lightning.optim.trainable_only import keep_trainable
@@ -14,6 +15,7 @@ __all__ = [
     "keep_trainable",
     "lora_fa",
     "lora_plus",
+    "lora_rite",
     "parameter_groups",
     "precondition",
     "riemannian",

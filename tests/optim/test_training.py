@@ -16,11 +16,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from lora_lightning import LoraCallback, LoraConfig, lora_state_dict
-from lora_lightning.optim import lora_fa, lora_plus, riemannian, riemannian_sgd, schedule_free
+from lora_lightning.optim import lora_fa, lora_plus, lora_rite, riemannian, riemannian_sgd, schedule_free
 
 MAKE = {
     "lora_plus": lambda module: lora_plus(module, lr=1e-2),
     "lora_fa": lambda module: lora_fa(module, lr=1e-2),
+    "lora_rite": lambda module: lora_rite(module, lr=1e-2),
     "riemannian": lambda module: riemannian(module, lr=1e-2),
     "riemannian_sgd": lambda module: riemannian_sgd(module, lr=1e-3, momentum=0.9),
     "schedule_free": lambda module: schedule_free([p for p in module.parameters() if p.requires_grad], lr=1e-2),
