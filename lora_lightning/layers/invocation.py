@@ -79,7 +79,7 @@ class Invocation:
         elif ids_BT is None or offsets is not None:
             call = _by_offsets(offsets, ids_BT, kwargs)
         else:
-            call = self._found(ids_BT, past, continued=_length(cache) > 0)
+            call = self._found(ids_BT, kwargs.get("position_ids"), past, continued=_length(cache) > 0)
         call.kept = kwargs.get("logits_to_keep")
         self._owner, self._call = module, call
         return args, kwargs
@@ -97,22 +97,24 @@ class Invocation:
             node.metadata[_CALL] = call
             self._calls.add(call)
 
-    def _found(self, ids_BT: Tensor, past: Rows | None, *, continued: bool) -> Call:
+    def _found(self, ids_BT: Tensor, position_ids: Any, past: Rows | None, *, continued: bool) -> Call:
         n = len(self.tokens)
         batch, length = ids_BT.shape
-        positions_T = torch.arange(length, device=ids_BT.device)
         if past is not None:
-            past = _for_rows(past, batch)
+            past = Rows(*(each.to(ids_BT.device) for each in _for_rows(past, batch)))
         if continued and length == 1:  # a token that the model has made itself
             active = past.active if past is not None else ids_BT.new_zeros(batch, dtype=torch.bool)
             return Call(active[:, None], None, past)
-        text = ids_BT if past is None else torch.cat([past.last_BN.to(ids_BT.device), ids_BT], dim=1)
-        start = _last_start(text, self.tokens) - (text.shape[1] - length)
-        found = start < length
+        text, texts = ids_BT, _texts(ids_BT, position_ids)
         if past is not None:
-            start = torch.where(~found & past.active.to(found.device), 0, start)
-            found = found | past.active.to(found.device)
-        return Call(positions_T >= start[:, None], None, Rows(found, text[:, max(0, text.shape[1] - (n - 1)) :]))
+            before = past.last_BN.shape[1]
+            text = torch.cat([past.last_BN, ids_BT], dim=1)
+            texts = torch.nn.functional.pad(texts, (before, 0))
+        last = _last_start(text, self.tokens, texts)
+        mask_BT = (last >= 0) & (torch.arange(text.shape[1], device=text.device) >= last)
+        if past is not None:
+            mask_BT = torch.where((last < 0) & (texts == 0), past.active[:, None], mask_BT)
+        return Call(mask_BT[:, -length:], None, Rows(mask_BT[:, -1], text[:, max(0, text.shape[1] - (n - 1)) :]))
 
     def _warn(self) -> None:
         if not self._warned:
@@ -170,17 +172,25 @@ class Invocation:
 _CALL = "lora_invocation"
 
 
-def _last_start(ids_BT: Tensor, tokens: Sequence[int]) -> Tensor:
-    """Where the last appearance of the tokens begins in each row, ``(B,)``; T where there is none."""
-    batch, length = ids_BT.shape
-    n = len(tokens)
+def _last_start(ids_BT: Tensor, tokens: Sequence[int], texts_BT: Tensor) -> Tensor:
+    """Where the last appearance of the tokens in a position's own text begins, (B, T); -1 where there is none."""
+    length, n = ids_BT.shape[1], len(tokens)
+    last_BT = torch.full_like(texts_BT, -1)
     if length < n:
-        return ids_BT.new_full((batch,), length, dtype=torch.long)
+        return last_BT
     wanted = torch.tensor(tokens, device=ids_BT.device)
-    hits = (ids_BT.unfold(1, n, 1) == wanted).all(-1)
-    starts = torch.arange(length - n + 1, device=ids_BT.device)
-    last = torch.where(hits, starts, -1).amax(1)
-    return torch.where(last < 0, length, last)
+    ends = texts_BT[:, n - 1 :]
+    hits = (ids_BT.unfold(1, n, 1) == wanted).all(-1) & (texts_BT[:, : length - n + 1] == ends)
+    starts = torch.where(hits, torch.arange(length - n + 1, device=ids_BT.device), -1)
+    return last_BT.scatter_reduce(1, ends, starts, "amax").gather(1, texts_BT)
+
+
+def _texts(ids_BT: Tensor, position_ids: Any) -> Tensor:
+    """Which text of its row each token belongs to, (B, T): where positions begin anew, another one does."""
+    texts = torch.zeros_like(ids_BT, dtype=torch.long)
+    if isinstance(position_ids, Tensor) and position_ids.ndim == 2 and position_ids.shape[1] == ids_BT.shape[1]:
+        texts[:, 1:] = (position_ids[:, 1:] <= position_ids[:, :-1]).cumsum(1).to(ids_BT.device)
+    return texts
 
 
 def _by_offsets(offsets: Sequence[int | None], ids_BT: Tensor | None, kwargs: dict[str, Any]) -> Call:

@@ -29,7 +29,7 @@ from lora_lightning import (
     unload_lora,
 )
 from lora_lightning.layers.alora import ALoraLinear
-from lora_lightning.layers.invocation import Invocation, _last_start
+from lora_lightning.layers.invocation import Invocation, _last_start, _texts
 
 TOKENS = [5, 6]
 # Rows with the tokens in the middle, twice, at the end, only half of them, and not at all.
@@ -184,13 +184,26 @@ def test_the_head_alone_of_some_positions():
 
 @settings(max_examples=40, deadline=None)
 @given(
-    rows=st.lists(st.lists(st.integers(0, 2), min_size=6, max_size=6), min_size=1, max_size=3),
-    tokens=st.lists(st.integers(0, 2), min_size=1, max_size=7),
+    texts=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=3),
+    tokens=st.lists(st.integers(0, 2), min_size=1, max_size=4),
 )
-def test_the_last_appearance_is_found(rows, tokens):
-    n = len(tokens)
-    wanted = [max((i for i in range(6 - n + 1) if row[i : i + n] == tokens), default=6) for row in rows]
-    assert _last_start(torch.tensor(rows), tokens).tolist() == wanted
+def test_the_last_appearance_in_each_text_of_a_row_is_found(texts, tokens):
+    n, ids, positions, wanted = len(tokens), [], [], []
+    for text in texts:
+        hits = [i for i in range(len(text) - n + 1) if text[i : i + n] == tokens]
+        wanted += [len(ids) + max(hits) if hits else -1] * len(text)
+        positions += range(len(text))
+        ids += text
+    ids, positions = torch.tensor([ids]), torch.tensor([positions])
+    assert _last_start(ids, tokens, _texts(ids, positions)).tolist() == [wanted]
+
+
+def test_several_texts_in_a_row_do_not_see_each_others_tokens():
+    model = adapted()
+    texts = [IDS[0, :6], IDS[4, :5], IDS[2, 3:]]
+    packed = model(torch.cat(texts)[None], position_ids=torch.cat([torch.arange(len(t)) for t in texts])[None]).logits
+    alone = torch.cat([model(text[None]).logits[0] for text in texts])
+    torch.testing.assert_close(packed[0], alone)
 
 
 # ---- training
