@@ -22,6 +22,8 @@ _TASKS = ("lora_lightning.tasks.CausalLM", "lora_lightning.tasks.causal_lm.Causa
 _CLASSIFIERS = ("SequenceClassification",)
 _CALLBACKS = ("lora_lightning.LoraCallback", "lora_lightning.callback.LoraCallback")
 _TRAINERS = ("lightning.pytorch.Trainer", "lightning.Trainer", "lightning.pytorch.trainer.trainer.Trainer")
+# Those of our optimizers that are handed parameters, and do not move them around validations.
+_OF_PARAMETERS = ("adamw_8bit",)
 # Layers that models of transformers do not have in their blocks: embeddings, and heads.
 _NOT_IN_BLOCKS = ("embed_tokens", "wte", "wpe", "embed_in", "word_embeddings", "lm_head", "embed_out", "output_layer")
 # Dropouts of parts that a language model does not have.
@@ -54,6 +56,7 @@ def why_alone(one: PackableJob) -> str | None:
     reasons = [
         *_of_task(config.get("task") or {}),
         *_of_adapter(config.get("callbacks") or {}),
+        *_of_optimizer(config.get("optimizer") or {}),
         *_of_trainer(config.get("trainer") or {}, one.job),
         *_of_model(config.get("model") or {}, one.base),
     ]
@@ -86,6 +89,8 @@ def _of_adapter(callbacks: Mapping[str, Any]) -> Iterator[str]:
 def _of_lora(lora: Mapping[str, Any]) -> Iterator[str]:
     if lora.get("use_dora"):
         yield "lora.use_dora: lengths of weights are not low-rank"
+    if lora.get("alora_invocation_tokens"):
+        yield "lora.alora_invocation_tokens: each job's rows would be in force from other positions on"
     start = lora.get("init_lora_weights", True)
     if not isinstance(start, bool) and start not in INITIALISATIONS:
         yield f"lora.init_lora_weights={start} changes its base"
@@ -97,6 +102,12 @@ def _of_lora(lora: Mapping[str, Any]) -> Iterator[str]:
         yield f"lora.task_type={lora['task_type']} trains a head in full"
     if names := _outside_blocks(lora):
         yield f"lora.target_modules adapts {' and '.join(names)}, an embedding or the head"
+
+
+def _of_optimizer(optimizer: Mapping[str, Any]) -> Iterator[str]:
+    package, _, name = str(optimizer.get("_target_")).rpartition(".")
+    if package.startswith("lora_lightning.optim") and name not in _OF_PARAMETERS:
+        yield f"optimizer={name} works on the layers of a model of its own"
 
 
 def _outside_blocks(lora: Mapping[str, Any]) -> list[str]:
