@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_lightning.layers.made import made_class, plain_class
+from lora_lightning.layers.recomputed import Recomputed, recomputing
 from lora_lightning.layers.showing import showing
 
 _FOLLOWS = "lora_follows"
@@ -28,19 +29,33 @@ class Showing:
         """What the module is to see in place of its parameter."""
         raise NotImplementedError
 
+    @property
+    def lora_own(self) -> dict[str, nn.Parameter]:
+        """The adapter's parameters by name."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Any:
+        """The module's own parameter."""
+        raise NotImplementedError
+
+    def lora_recipe(self, value: Tensor) -> Recomputed:
+        """How to make a value again that the module sees."""
+        return Recomputed(value, lambda: self.lora_value(self.weight), [self.weight, *self.lora_own.values()])
+
 
 class LoraHolder(nn.Module):
     """Mixin of a module that has parts of an adapter, which change what it sees of its own parameters in its forward.
 
-    The values are computed at each call, so that gradient checkpointing recomputes them too, and nothing but autograd
-    keeps them after it. Whoever reads a parameter from outside gets the base's.
+    The values are computed at each call, so that gradient checkpointing recomputes them too, and once more in backward:
+    none outlives the forward. Whoever reads a parameter from outside gets the base's.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module's own class makes of its input, over the changed parameters."""
-        active = (part for part in parts_of(self) if part.lora_enabled)
-        values = ((self, part.lora_parameter, part.lora_value(getattr(self, part.lora_parameter))) for part in active)
-        with showing(values):
+        parts = {part.lora_parameter: part for part in parts_of(self) if part.lora_enabled}
+        values = ((self, name, part.lora_value(getattr(self, name))) for name, part in parts.items())
+        with showing(values), recomputing(lambda: [part.lora_recipe(getattr(self, n)) for n, part in parts.items()]):
             return super().forward(*args, **kwargs)
 
 

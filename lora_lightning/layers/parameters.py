@@ -12,7 +12,7 @@ from lora_lightning.layers.hazards import detached_hook, why_not
 from lora_lightning.layers.holder import Showing, hold, let_go
 
 
-class LoraParameter(Showing, LoraLayer, nn.Module):
+class LoraParameter(LoraLayer, Showing, nn.Module):
     """The adapter of one parameter, as a child of the module that has it: ``W_e + s · B_e A_e`` for each expert ``e``.
 
     ``lora_A`` is ``(E·r, in)``, one expert after the other, and ``lora_B`` is ``(out, r·E)``, in which the expert
