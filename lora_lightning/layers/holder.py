@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_lightning.layers.made import made_class, plain_class
 from lora_lightning.layers.recomputed import Recomputed, recomputing
-from lora_lightning.layers.showing import showing
+from lora_lightning.layers.showing import Shown, showing
 
 _FOLLOWS = "lora_follows"
 
@@ -34,15 +35,6 @@ class Showing:
         """The adapter's parameters by name."""
         raise NotImplementedError
 
-    @property
-    def weight(self) -> Any:
-        """The module's own parameter."""
-        raise NotImplementedError
-
-    def lora_recipe(self, value: Tensor) -> Recomputed:
-        """How to make a value again that the module sees."""
-        return Recomputed(value, lambda: self.lora_value(self.weight), [self.weight, *self.lora_own.values()])
-
 
 class LoraHolder(nn.Module):
     """Mixin of a module that has parts of an adapter, which change what it sees of its own parameters in its forward.
@@ -53,10 +45,20 @@ class LoraHolder(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module's own class makes of its input, over the changed parameters."""
-        parts = {part.lora_parameter: part for part in parts_of(self) if part.lora_enabled}
-        values = ((self, name, part.lora_value(getattr(self, name))) for name, part in parts.items())
-        with showing(values), recomputing(lambda: [part.lora_recipe(getattr(self, n)) for n, part in parts.items()]):
+        recipes: list[Recomputed] = []
+        with showing(_values(self, recipes)), recomputing(recipes):
             return super().forward(*args, **kwargs)
+
+
+def _values(holder: nn.Module, recipes: list[Recomputed]) -> Iterator[Shown]:
+    """What a module is to see of its parameters; and how to make it again, where autograd might keep it."""
+    for part in [part for part in parts_of(holder) if part.lora_enabled]:
+        base = getattr(holder, part.lora_parameter)
+        value = part.lora_value(base)
+        if value.requires_grad:
+            again = functools.partial(part.lora_value, base)
+            recipes.append(Recomputed(value, again, [base, *part.lora_own.values()]))
+        yield holder, part.lora_parameter, value
 
 
 def parts_of(holder: nn.Module) -> Iterator[Showing]:

@@ -57,9 +57,7 @@ class LoraParameter(LoraLayer, Showing, nn.Module):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]  # as of a layer, whose own it is
         """The base's parameter."""
-        parameter = self.lora_holder._parameters[self.lora_parameter]
-        assert parameter is not None
-        return parameter
+        return getattr(self.lora_holder, self.lora_parameter)  # FSDP leaves views of its own there
 
     @staticmethod
     def lora_sides(layer: nn.Module) -> tuple[int, int]:

@@ -55,21 +55,17 @@ class Recomputed:
 
 
 @contextlib.contextmanager
-def recomputing(recipes: Callable[[], list[Recomputed]]) -> Iterator[None]:
+def recomputing(recipes: Sequence[Recomputed]) -> Iterator[None]:
     """Inside the ``with`` block autograd keeps recipes in place of values.
 
     Where something else has a say in what autograd keeps (activation checkpointing, offloading), it has it alone.
-
-    Args:
-        recipes: Gives the recipes, where they are of use.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _somebody_else():
+    if not recipes or not torch.is_grad_enabled() or torch.compiler.is_compiling() or _somebody_else():
         yield
         return
-    known = recipes()
 
     def pack(tensor: Tensor) -> Any:
-        return next((recipe.pack(tensor) for recipe in known if recipe.is_of(tensor)), tensor)
+        return next((recipe.pack(tensor) for recipe in recipes if recipe.is_of(tensor)), tensor)
 
     def unpack(kept: Any) -> Tensor:
         return kept if isinstance(kept, Tensor) else kept[0].view(*kept[1:])

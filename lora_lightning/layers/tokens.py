@@ -53,7 +53,7 @@ class TokenRows(Showing, nn.Module):
     @property
     def weight(self) -> Tensor:
         """The base's weight."""
-        return cast("Tensor", self.lora_holder._parameters["weight"])
+        return cast("Tensor", self.lora_holder.weight)
 
     @property
     def lora_own(self) -> dict[str, nn.Parameter]:
