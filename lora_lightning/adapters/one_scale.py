@@ -74,6 +74,8 @@ def _refuse_other(facts: AdapterFacts) -> None:
     """Raise what vLLM would say of the folder when it is asked to serve it."""
     config = facts.config
     problems = []
+    beside = ("target_parameters", "trainable_token_indices", "layer_replication")
+    problems += [f"{name}: vLLM knows adapters of layers only" for name in beside if config.get(name)]
     if config.get("use_dora"):
         problems.append('use_dora: "vLLM does not yet support DoRA." Merge the adapter instead')
     if config.get("bias", "none") != "none" or config.get("lora_bias"):

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lora_lightning.errors import LoraConfigError
+from lora_lightning.injection.state import injected_roots, record_of
 from lora_lightning.layers import LoraLayer
 
 
@@ -30,6 +31,20 @@ def check_trainer(trainer: Any) -> None:
             "LightningModule)"
         )
     _check_multirun(trainer)
+
+
+def check_replicated(strategy_name: str, model: nn.Module) -> None:
+    """Refuse layers that share weights (``layer_replication``) where each layer's weights are split by themselves.
+
+    Raises:
+        LoraConfigError: If there are such layers.
+    """
+    if any(record_of(root).replicated is not None for root in injected_roots(model).values()):
+        raise LoraConfigError(
+            f"{strategy_name} splits the weights of each layer by itself, and layer_replication has made layers that "
+            "share theirs: use strategy='ddp' or one device, or build and save a model whose layers have weights of "
+            "their own"
+        )
 
 
 _GUARDED: weakref.WeakSet[pl.Callback] = weakref.WeakSet()

@@ -15,6 +15,7 @@ from lora_lightning.errors import LoraConfigError
 from lora_lightning.injection import lora_parameters
 from lora_lightning.injection.names import unwrap
 from lora_lightning.strategies.equal import differing
+from lora_lightning.strategies.checks import check_replicated
 from lora_lightning.strategies.quantised import check_quantised
 from lora_lightning.strategies.replicated import average_gradients, broadcast
 from lora_lightning.strategies.sharded import ShardedState
@@ -54,6 +55,7 @@ class FsdpState(ShardedState):
         """
         super().injected(target, by_callback=by_callback)
         check_quantised("FSDPStrategy", target)
+        check_replicated("FSDPStrategy", target)
         strategy = cast("FSDPStrategy", self.strategy)
         adapters = lora_parameters(target)
         flat = {

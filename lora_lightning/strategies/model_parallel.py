@@ -16,6 +16,7 @@ from lora_lightning.layers import LoraLayer
 from lora_lightning.layers.linear import LoraOverLinear
 from lora_lightning.optim.by_kind import step_by_kind
 from lora_lightning.strategies.parallelize import DATA, TENSOR
+from lora_lightning.strategies.checks import check_replicated
 from lora_lightning.strategies.quantised import check_quantised
 from lora_lightning.strategies.replicated import average_gradients, settle
 from lora_lightning.strategies.sharded import ShardedState
@@ -42,6 +43,7 @@ class ModelParallelState(ShardedState):
         """
         super().injected(target, by_callback=by_callback)
         check_quantised("ModelParallelStrategy", target)
+        check_replicated("ModelParallelStrategy", target)
         for name, layer in lora_layers(target):
             _follow(layer)
             _check_parts(name, layer)

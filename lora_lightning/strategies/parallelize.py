@@ -19,6 +19,7 @@ from lora_lightning.injection.names import canonical_modules, find_root
 from lora_lightning.strategies.blocks import blocks
 from lora_lightning.strategies.checkpointing import checkpoint_activations, refuse_reentrant
 from lora_lightning.strategies.equal import differing
+from lora_lightning.strategies.checks import check_replicated
 from lora_lightning.strategies.quantised import check_quantised
 
 DATA, TENSOR = "data_parallel", "tensor_parallel"  # the names of Lightning's mesh
@@ -85,6 +86,7 @@ def shard(
     if not sizes.keys() & {DATA, TENSOR}:
         raise LoraConfigError(f"the mesh needs a dimension {DATA!r} or {TENSOR!r}, got {mesh.mesh_dim_names}")
     check_quantised("ModelParallelStrategy", model)
+    check_replicated("ModelParallelStrategy", model)
     refuse_reentrant(model)
     _check_equal(model)
     if sizes.get(TENSOR, 1) > 1:
