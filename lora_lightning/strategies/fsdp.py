@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from lora_lightning.errors import LoraConfigError
 from lora_lightning.injection import lora_parameters
 from lora_lightning.injection.names import unwrap
-from lora_lightning.strategies.equal import differing
 from lora_lightning.strategies.checks import check_replicated
+from lora_lightning.strategies.equal import differing
 from lora_lightning.strategies.quantised import check_quantised
 from lora_lightning.strategies.replicated import average_gradients, broadcast
 from lora_lightning.strategies.sharded import ShardedState

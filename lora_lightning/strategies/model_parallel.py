@@ -15,8 +15,8 @@ from lora_lightning.injection.state import lora_layers
 from lora_lightning.layers import LoraLayer
 from lora_lightning.layers.linear import LoraOverLinear
 from lora_lightning.optim.by_kind import step_by_kind
-from lora_lightning.strategies.parallelize import DATA, TENSOR
 from lora_lightning.strategies.checks import check_replicated
+from lora_lightning.strategies.parallelize import DATA, TENSOR
 from lora_lightning.strategies.quantised import check_quantised
 from lora_lightning.strategies.replicated import average_gradients, settle
 from lora_lightning.strategies.sharded import ShardedState

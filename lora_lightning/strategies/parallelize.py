@@ -18,8 +18,8 @@ from lora_lightning.errors import LoraConfigError
 from lora_lightning.injection.names import canonical_modules, find_root
 from lora_lightning.strategies.blocks import blocks
 from lora_lightning.strategies.checkpointing import checkpoint_activations, refuse_reentrant
-from lora_lightning.strategies.equal import differing
 from lora_lightning.strategies.checks import check_replicated
+from lora_lightning.strategies.equal import differing
 from lora_lightning.strategies.quantised import check_quantised
 
 DATA, TENSOR = "data_parallel", "tensor_parallel"  # the names of Lightning's mesh
