@@ -139,7 +139,9 @@ def merged(found: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
     for rows, told in found.items():
         kept = results["rows"].get(rows)
         if kept is not None and kept["jobs"] == told["jobs"]:
-            told = told | {"cases": kept["cases"] | told["cases"]}
+            cases = kept["cases"] | told["cases"]
+            serial = cases.get("serial", {}).get("jobs")
+            told = told | {"cases": {name: case | compared(case["jobs"], serial) for name, case in cases.items()}}
         results["rows"][rows] = told
     return results
 
