@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import LoraConfigError
+from lora_lightning.injection.fast_paths import leave_fast_paths
 from lora_lightning.injection.frozen import meant_to_train, warn_of_bare
 from lora_lightning.injection.initialise import generator_for, initialise
 from lora_lightning.injection.names import canonical_modules, find_root, parameters_of, unwrap, walked_once
@@ -28,7 +29,6 @@ from lora_lightning.injection.state import (
 )
 from lora_lightning.injection.targets import resolve
 from lora_lightning.injection.together import compute_together
-from lora_lightning.injection.unload import FAST_PATH
 from lora_lightning.layers import LoraLayer, adapt
 
 
@@ -81,7 +81,7 @@ def _inject(model: nn.Module, config: LoraConfig, seed: int, *, fill: bool = Tru
             if own and ORIGINALS not in vars(part):
                 copy_originals(part, own)
     _mark_biases(root, config)
-    _leave_fast_path(root)
+    leave_fast_paths(root)
     compute_together(root)
     if RECORD not in vars(root):
         vars(root)[RECORD] = Injected(config, seed, tuple(before), statistics=copy_statistics(root))
@@ -184,16 +184,6 @@ def _mark_biases(root: nn.Module, config: LoraConfig) -> None:
         has_bias = isinstance(module._parameters.get("bias"), nn.Parameter)
         if wanted and has_bias and ORIGINALS not in vars(module):
             copy_originals(module, ["bias"])
-
-
-def _leave_fast_path(root: nn.Module) -> None:
-    """Make ``nn.TransformerEncoderLayer`` call its layers: in eval it would read their weights past the adapter."""
-    for _, layer in canonical_modules(root):
-        if not isinstance(layer, nn.TransformerEncoderLayer):
-            continue
-        if FAST_PATH not in vars(layer) and any(isinstance(part, LoraLayer) for part in layer.modules()):
-            vars(layer)[FAST_PATH] = layer.activation_relu_or_gelu
-            layer.activation_relu_or_gelu = 0
 
 
 def _numel(parameter: nn.Parameter) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lora_lightning.errors import AdapterError
+from lora_lightning.injection.fast_paths import take_fast_paths
 from lora_lightning.injection.names import canonical
 from lora_lightning.injection.state import (
     ORIGINALS,
@@ -22,8 +23,6 @@ from lora_lightning.injection.state import (
 )
 from lora_lightning.injection.together import compute_apart
 from lora_lightning.layers import plain_class, restore
-
-FAST_PATH = "_lora_fast_path"
 
 
 @contextlib.contextmanager
@@ -97,10 +96,9 @@ def remove_adapter(model: nn.Module) -> None:
     for layer in layers.values():
         restore(layer)
     compute_apart(model)
+    take_fast_paths(model)
     for module in model.modules():
         vars(module).pop(ORIGINALS, None)
-        if FAST_PATH in vars(module):
-            module.activation_relu_or_gelu = vars(module).pop(FAST_PATH)
     for root in injected_roots(model).values():
         trainable = set(record_of(root).trainable_before)
         for name, parameter in root.named_parameters():

@@ -20,6 +20,10 @@ from lora_lightning.layers.base import LoraLayer, input_of
 from lora_lightning.layers.showing import Shown, showing
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NO_PLACE = (
+    "has groups={}, and its update reads the channels of all groups for every output (so does PEFT's), for which a "
+    "weight in groups has no place: keep it as an adapter"
+)
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -90,19 +94,14 @@ class LoraOverConv(LoraLayer):
         Raises:
             AdapterError: If the layer has groups, in whose weight there is no place for all of it.
         """
-        if (why := self.lora_unmergeable()) is not None:
-            raise AdapterError(f"a convolution {why}")
+        if self.groups > 1:
+            raise AdapterError(f"a convolution {_NO_PLACE.format(self.groups)}")
         delta = self.lora_scaling * (self.lora_B.flatten(1) @ self.lora_A.flatten(1))
         return delta.view(self.lora_B.shape[0], *self.lora_A.shape[1:])
 
     def lora_unmergeable(self) -> str | None:
         """A weight in groups has no place for what one group's outputs get from another's channels."""
-        if self.groups == 1:
-            return super().lora_unmergeable()
-        return (
-            f"has groups={self.groups}, and its update reads the channels of all groups for every output (so does "
-            "PEFT's), for which a weight in groups has no place: keep it as an adapter"
-        )
+        return _NO_PLACE.format(self.groups) if self.groups > 1 else super().lora_unmergeable()
 
     def lora_scaled(self, weight: Tensor) -> Tensor:
         """What the layer multiplies with, of ``W + s · B A`` or of ``W``: just that, without DoRA."""
