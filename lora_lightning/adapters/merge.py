@@ -64,8 +64,8 @@ def merge_lora(
             for fold in layer.lora_folds:
                 if (id(layer), fold) in ties.once:
                     continue
-                value = _merged(layer, fold, exact=exact)
-                if not _finite(value):
+                value, rounded_to = _merged(layer, fold, exact=exact)
+                if not _finite(value.to(rounded_to)):
                     bad.append(name)
                     continue
                 if safe:
@@ -75,8 +75,9 @@ def merge_lora(
             raise AdapterError(f"not merged, the result would not be finite in {', '.join(bad[:4])}")
         remove_adapter(model)
         undo.pop_all()
-    for own, shared in ties.copies:
-        own.requires_grad_(shared.requires_grad)
+    for own, shared in ties.copies:  # the base knew them by one name
+        trains = own.requires_grad or shared.requires_grad
+        own.requires_grad_(trains), shared.requires_grad_(trains)
     few = {f"{name}.weight".lstrip(".") for name, layer in layers.items() if is_quantised(layer)}
     warn_of_bits([row for row in rows if row.name in few])
     difference = None if before is None else largest_difference(before, outputs_of(model, check_on))
@@ -96,14 +97,15 @@ def fold_in(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         parameter.requires_grad_(True)
 
 
-def _merged(layer: LoraLayer, fold: str, *, exact: bool = False) -> Tensor:
-    """What a tensor of the base becomes, before it is rounded."""
+def _merged(layer: LoraLayer, fold: str, *, exact: bool = False) -> tuple[Tensor, torch.dtype]:
+    """What a tensor of the base becomes, before it is rounded, and the dtype to which it will be."""
     base = layer.lora_base_value(fold).detach()
+    kept = base.dtype
     dtype = torch.float64 if exact else torch.promote_types(base.dtype, torch.float32)
     with _in_precision(layer, dtype):
         delta = spread_like(layer.lora_delta_of(fold), base)
         base = base.to(dtype)
-        return layer.lora_merged(base, delta) if fold == "weight" else base + delta
+        return (layer.lora_merged(base, delta) if fold == "weight" else base + delta), kept
 
 
 @contextlib.contextmanager

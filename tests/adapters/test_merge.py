@@ -36,7 +36,11 @@ def state_of(model):
 
 def same(model, before):
     now = model.state_dict()
-    return now.keys() == before.keys() and all(torch.equal(now[name], value) for name, value in before.items())
+    return now.keys() == before.keys() and all(torch.equal(bits(now[name]), bits(before[name])) for name in before)
+
+
+def bits(value):
+    return value.contiguous().view(torch.uint8)  # in which a NaN is equal to itself
 
 
 @settings(max_examples=25, deadline=None)
@@ -53,7 +57,7 @@ def test_the_merged_model_gives_the_adapted_outputs(r, alpha, fields, targets):
     report = merge_lora(model, check_on=x)
     assert [type(part) for part in model] == [nn.Embedding, nn.Linear, nn.Tanh, nn.Linear, nn.Linear]
     torch.testing.assert_close(model(x), wanted, rtol=1e-10, atol=1e-10)
-    assert report.difference == float((model(x) - wanted).abs().max())
+    assert report.difference == (model(x) - wanted).abs().max().item()
     assert [tensor.name for tensor in report.tensors] == [f"{name}.weight" for name in targets]
 
 
@@ -79,9 +83,9 @@ def test_half_precision_is_rounded_once_and_the_loss_is_told(dtype, exact):
         rounded = model.get_parameter(tensor.name)
         assert rounded.dtype is dtype
         assert torch.equal(rounded, merged.to(dtype))
-        assert tensor.change == pytest.approx(float((merged - weight).norm() / weight.norm()), rel=1e-4)
+        assert tensor.change == pytest.approx(((merged - weight).norm() / weight.norm()).item(), rel=1e-4)
         lost = (rounded.to(wide) - merged).norm() / (merged - weight).norm()
-        assert tensor.rounding == pytest.approx(float(lost), rel=1e-4)
+        assert tensor.rounding == pytest.approx(lost.item(), rel=1e-4)
         assert 0 < tensor.rounding < 0.1
     assert "rounding has taken up to" in str(report)
 
@@ -264,6 +268,6 @@ def test_the_report_is_a_line_for_people(llama, tokens):
 def test_inputs_that_the_model_refuses_change_nothing(llama, tokens):
     inject_lora(llama, LoraConfig(r=4))
     before = copy.deepcopy(state_of(llama))
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="exactly one of input_ids"):
         merge_lora(llama, check_on={"nonsense": tokens})
     assert same(llama, before)
