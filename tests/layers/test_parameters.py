@@ -103,7 +103,10 @@ def test_files_travel_both_ways_with_equal_outputs(name, tokens, shake, tmp_path
 @pytest.mark.parametrize("experts", ["eager", "batched_mm", "grouped_mm"])
 def test_every_way_to_compute_experts_sees_the_adapter(name, experts, tokens, shake):
     model = MODELS[name](experts)
-    inject_lora(model, LoraConfig(r=2, target_modules=[], target_parameters=BOTH))
+    close = {"atol": 1e-9, "rtol": 1e-9}
+    if experts == "grouped_mm":  # its kernel knows no float64
+        model, close = model.float(), {"atol": 1e-4, "rtol": 1e-4}
+    inject_lora(model, LoraConfig(r=4, target_modules=[], target_parameters=BOTH))
     shake(model)
     named = lora_parameters(model)
     loss = model(tokens, labels=tokens).loss
@@ -111,11 +114,11 @@ def test_every_way_to_compute_experts_sees_the_adapter(name, experts, tokens, sh
     reference = copy.deepcopy(model)
     reference.config._experts_implementation = "eager"
     expected = reference(tokens, labels=tokens).loss
-    torch.testing.assert_close(loss, expected, **EXACT)
+    torch.testing.assert_close(loss, expected, **close)
     wanted = torch.autograd.grad(expected, list(lora_parameters(reference).values()))
     for parameter, gradient, right in zip(named, gradients, wanted, strict=True):
         assert right.abs().max() > 0, parameter
-        torch.testing.assert_close(gradient, right, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(gradient, right, **close)
 
 
 def test_gradients_are_pefts(tokens, shake, tmp_path):
