@@ -190,7 +190,10 @@ DAMAGE = {
         r"does not say which layers are adapted: target_modules is missing or null",
     ),
     "another kind": (lambda f: _edit_config(f, peft_type="IA3"), "type IA3"),
-    "in force": (lambda f: _edit_config(f, use_qalora=True, lora_bias=True), r"lora_bias: True\n  - use_qalora: True"),
+    "in force": (
+        lambda f: _edit_config(f, use_qalora=True, velora_config={"a": 1}),
+        r"use_qalora: True\n  - velora_config: \{",
+    ),
     "wrong value": (lambda f: _edit_config(f, r=0), "r must be at least 1"),
     "other layers": (lambda f: _edit_config(f, target_modules=["q_proj"]), "not expected: base_model.model"),
     "unknown layers": (lambda f: _edit_config(f, target_modules=["query"]), "'query' matches nothing"),
@@ -223,7 +226,7 @@ def test_settings_that_do_nothing_are_passed_over(saved, tokens, caplog):
     _edit_config(folder, use_qalora=False, eva_config=None, megatron_core="megatron.core", loftq_config={})
     with caplog.at_level("INFO"):
         load_adapter(base, folder)
-    assert "passed over, not in force: eva_config" in caplog.text
+    assert "passed over, not in force: megatron_core, use_qalora" in caplog.text
     assert torch.equal(base(tokens).logits, model(tokens).logits)
 
 
