@@ -29,7 +29,7 @@ SOLO = {"0": job(2.0, 5.0, 4.0), "1": job(1.0, 5.0, 3.0), "2": job(3.0, 6.0, 5.0
 
 
 def case(seconds: float, pss: int, jobs=SOLO, **more):
-    return {"seconds": seconds, "memory": {"pss": pss, "rss": pss}, "jobs": jobs, "best": "1", **more}
+    return {"seconds": seconds, "memory": {"pss": pss, "rss": 2 * pss}, "jobs": jobs, "best": "1", **more}
 
 
 def test_losses_are_compared_step_by_step_and_the_best_is_one_that_was_trained_to_the_end():
@@ -71,7 +71,7 @@ def results():
 def test_table_tells_ratios_beside_targets():
     lines = packed_page.table(results()).splitlines()
     assert lines[0] == "3 jobs, 1 × 48 tokens a step:"
-    assert "| packed | 45 s | 0.45 | ≤ 0.5 | 12 MB | 0.30 | ≤ 0.3 | 1.0e-06 | lora.r=1: 1.0000 |" in lines
+    assert "| packed | 45 s | 0.45 | ≤ 0.5 | 12 MB | 0.30 | 24 MB | 0.30 | ≤ 0.3 | 1.0e-06 | lora.r=1: 1.0000 |" in lines
     assert any("30 s | 0.30 | ≤ 0.35" in line for line in lines)
 
 
@@ -97,6 +97,7 @@ def test_parts_of_a_run_join_those_of_the_same_machine_only(tmp_path, monkeypatc
     joined = packed.merged(found, earlier["machine"] | {"date": "later"})["rows"]["1x48"]["cases"]
     assert joined["packed"]["seconds"] == 40.0
     assert joined["serial"]["seconds"] == 100.0
+    assert joined["packed"]["difference"] == 0.0  # from the solo runs of that time
     elsewhere = packed.merged(found, earlier["machine"] | {"cpu": "another"})
     assert list(elsewhere["rows"]["1x48"]["cases"]) == ["packed"]
 

@@ -332,7 +332,7 @@ def test_jobs_that_do_not_fit_into_memory_together_are_scored_in_parts(jobs, fit
                 rows = batch(2, 5, 10 * slot + step)
                 answer = player.hand_in(Score(twins.shells[slot], rows, True))
                 answer = answer or causal_lm_loss(twins.shells[slot].train(), rows)
-                found[slot, step] = float(answer.total)
+                found[slot, step] = float(answer.total.detach())
 
         return work
 
