@@ -29,6 +29,16 @@ def bits_of(layer: nn.Module) -> Bits | None:
     return None if kind is None else kind.of(layer)
 
 
+def values_of(parameter: Tensor) -> Tensor:
+    """What lies in memory of a parameter, in bits as they were made; of a class made of several tensors the first."""
+    if (state := getattr(parameter, "quant_state", None)) is not None:
+        return FourBits(parameter.data, state).in_order().data
+    if not hasattr(parameter, "__tensor_flatten__"):
+        return parameter.detach()
+    names, _ = parameter.__tensor_flatten__()
+    return values_of(getattr(parameter, names[0]))
+
+
 class FourBits(NamedTuple):
     """bitsandbytes' ``Linear4bit``: two values of a code (nf4, fp4) in a byte, blocks with a scale each."""
 
@@ -47,12 +57,15 @@ class FourBits(NamedTuple):
 
     def numbers(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight, ``(out, in)``, in a dtype or in the one it had before."""
-        functional = sys.modules["bitsandbytes"].functional
-        data, state = self
-        if getattr(state, "packing_format_for_cpu", False):  # as inference on some CPUs lays it
-            data, state = functional._convert_weight_packed_for_cpu_inverse(data, copy.copy(state))
-        weight = functional.dequantize_4bit(data, state)
+        weight = sys.modules["bitsandbytes"].functional.dequantize_4bit(*self.in_order())
         return weight if dtype is None else weight.to(dtype)
+
+    def in_order(self) -> FourBits:
+        """The same as it was made; inference on some CPUs lays it otherwise, and its scales as one number each."""
+        if not getattr(self.state, "packing_format_for_cpu", False):
+            return self
+        convert = sys.modules["bitsandbytes"].functional._convert_weight_packed_for_cpu_inverse
+        return FourBits(*convert(self.data, copy.copy(self.state)))
 
     def like(self, weight: Tensor) -> FourBits:
         """Another weight, ``(out, in)``, in bits as these."""

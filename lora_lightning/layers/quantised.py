@@ -64,6 +64,11 @@ class LoraQuantised(LoraOverLinear):
             and not transformed()
         )
 
+    @property
+    def support_avx512bf16_for_cpu(self) -> bool:
+        """Asked by bitsandbytes before it lays the weight out anew for inference with rounded scales: the base stays."""
+        return False
+
     def lora_base_output(self, x: Tensor) -> Tensor:
         """What the layer's own class makes of ``x``: ``(..., in) -> (..., out)``."""
         return super(LoraLayer, self).forward(x)
