@@ -71,7 +71,7 @@ class LoraOverAttention(LoraLayer):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]  # the name under which a layer's weight is asked for
         """``in_proj_weight``, ``(3 embed, embed)``."""
-        return cast("Tensor", self._parameters["in_proj_weight"])
+        return self.in_proj_weight
 
     def lora_weight_delta(self) -> Tensor:
         """``s · B A``: ``(3 embed, embed)``."""

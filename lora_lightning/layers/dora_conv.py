@@ -76,7 +76,7 @@ class DoraOverConv(DoraLayer, LoraOverConv):
 class DoraConv(DoraOverConv, LoraConv):
     """A convolution with DoRA, ``y = m/‖W + s B A‖ ⊙ (W * x + s · B * (A * drop(x))) + b``."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]  # as the convolutions'
         """``(N, in, …) -> (N, out, …)``, and the same without ``N``."""
         if not self.lora_enabled:
             return self._conv_forward(input, self.weight, self.bias)

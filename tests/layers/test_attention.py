@@ -9,7 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lora_lightning import (
     LoraConfig,
@@ -26,6 +28,7 @@ from lora_lightning.layers import LoraLayer
 from lora_lightning.layers.attention import LoraMultiheadAttention, LoraReadsOutProj
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
+WEIGHTS = "adapter_model.safetensors"
 TARGETS = (["attn"], ["out_proj"])
 
 
@@ -203,6 +206,41 @@ def test_an_error_inside_leaves_the_weights_where_they_were():
         model(torch.randn(2, 5, 7))
     assert "in_proj_weight" not in vars(model.attn)
     assert "weight" not in vars(model.attn.out_proj)
+
+
+def test_checkpointed_activations_give_the_same_gradients():
+    model, x = Block().double(), torch.randn(5, 2, 8, dtype=torch.float64)
+    _injected(model)
+    own = [p for p in model.parameters() if p.requires_grad]
+    wanted = torch.autograd.grad(model(x)[0].sum(), own)
+    got = torch.autograd.grad(checkpoint(model, x, use_reentrant=False)[0].sum(), own)
+    assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
+    assert "in_proj_weight" not in vars(model.attn)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_train_are_pefts(bias, tmp_path, shake):
+    base = Block(add_bias_kv=True).double()
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["attn"], bias=bias))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = copy.deepcopy(base)
+    with pytest.warns(UserWarning, match="twice"):
+        load_adapter(ours, tmp_path / "theirs", trainable=True)
+    trains = sorted(name for name, p in ours.named_parameters() if p.requires_grad)
+    assert len(trains) == sum(p.requires_grad for p in theirs.parameters())
+    assert ("attn.in_proj_bias" in trains) == ("attn.bias_k" in trains) == (bias == "all")
+    assert "attn.out_proj.bias" in trains
+    assert {row.kind for row in inject_lora(ours, LoraConfig(r=2, target_modules=["attn"], bias=bias)).rows} == {
+        "MultiheadAttention",
+        "Linear",
+        "bias",
+    }
+    shake(ours)
+    with pytest.warns(UserWarning, match="twice"):
+        folder = save_adapter(ours, tmp_path / "ours")
+    assert load_file(folder / WEIGHTS).keys() == load_file(tmp_path / "theirs" / WEIGHTS).keys()
+    unload_lora(ours)
+    assert all(torch.equal(value, base.state_dict()[name]) for name, value in ours.state_dict().items())
 
 
 def test_half_precision_bases():
