@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AdapterError": "errors",
+    "Adapters": "adapters",
     "LoraCallback": "callback",
     "LoraConfig": "config",
     "LoraConfigError": "errors",
@@ -20,6 +21,7 @@ _HOMES = {
     "MergeReport": "adapters",
     "SaveOnSignal": "stopping",
     "causal_lm_loss": "tasks.loss",
+    "initialise_from_data": "injection",
     "inject_lora": "injection",
     "load_adapter": "adapters",
     "load_base": "adapters",
@@ -36,6 +38,7 @@ _HOMES = {
 }
 __all__ = [
     "AdapterError",
+    "Adapters",
     "LoraCallback",
     "LoraConfig",
     "LoraConfigError",
@@ -43,6 +46,7 @@ __all__ = [
     "MergeReport",
     "SaveOnSignal",
     "causal_lm_loss",
+    "initialise_from_data",
     "inject_lora",
     "load_adapter",
     "load_base",
@@ -59,13 +63,22 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from lora_lightning.adapters import MergeReport, load_adapter, load_base, merge_lora, push_adapter, save_adapter
+    from lora_lightning.adapters import (
+        Adapters,
+        MergeReport,
+        load_adapter,
+        load_base,
+        merge_lora,
+        push_adapter,
+        save_adapter,
+    )
     from lora_lightning.callback import LoraCallback
     from lora_lightning.checkpoint import load_from_checkpoint
     from lora_lightning.config import LoraConfig
     from lora_lightning.errors import AdapterError, LoraConfigError
     from lora_lightning.injection import (
         LoraReport,
+        initialise_from_data,
         inject_lora,
         lora_disabled,
         lora_parameters,

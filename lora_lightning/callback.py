@@ -23,8 +23,8 @@ from lora_lightning.adapters.hub import adapter_folder
 from lora_lightning.adapters.written import first_process_writes
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import LoraConfigError
-from lora_lightning.injection import LoraReport, freeze_rest, inject_lora, lora_parameters, report_of
-from lora_lightning.injection.inject import default_seed
+from lora_lightning.injection import LoraReport, freeze_rest, lora_parameters, report_of
+from lora_lightning.injection.inject import default_seed, inject_ahead
 from lora_lightning.injection.state import (
     BIASES,
     Injected,
@@ -47,6 +47,7 @@ from lora_lightning.strategies.averaging import attach_averaging, begin_averagin
 from lora_lightning.strategies.broadcast import include_frozen
 from lora_lightning.strategies.checks import check_first_step, check_trainer, guard_launch
 from lora_lightning.strategies.chosen import config_for, fold_in_first, target_of
+from lora_lightning.strategies.first_data import awaits_data, before_setup, begin_with_data, take_ranks
 from lora_lightning.strategies.nonfinite import NonFiniteError
 from lora_lightning.strategies.position import attach_position, resume_position
 from lora_lightning.strategies.products import local_folder, write_adapter, write_best
@@ -141,6 +142,7 @@ class LoraCallback(pl.Callback):
         trainer.callbacks.remove(self)  # type: ignore[attr-defined]
         trainer.callbacks.insert(0, self)  # type: ignore[attr-defined]
         _state_of(trainer).attach(functools.partial(_entries, trainer, pl_module))
+        _state_of(trainer).before_load = functools.partial(_take_ranks, trainer, pl_module)
         attach_position(trainer)
         attach_averaging(trainer)
         self._first_step = True
@@ -166,7 +168,7 @@ class LoraCallback(pl.Callback):
         if self.base_adapter is not None:
             fold_in_first(target, config, self.base_adapter)
         # One seed for all processes, whatever each has set for itself: adapters begin equal under every strategy.
-        report = inject_lora(target, config, seed=trainer.strategy.broadcast(default_seed()))
+        report = inject_ahead(target, config, seed=trainer.strategy.broadcast(default_seed()))
         if fresh and self.base_adapter is not None:
             record_of(the_root(target)[1]).bases = chain_of(self.base_adapter)
         if adapter is not None and record_of(the_root(target)[1]).source != str(Path(adapter).resolve()):
@@ -193,6 +195,18 @@ class LoraCallback(pl.Callback):
                 self._logged.add(id(logger))
                 logger.log_hyperparams(self.report.facts("" if self.name == "default" else f"{self.name}/"))
         freeze_again(trainer, pl_module)
+        if trainer.state.fn == TrainerFn.FITTING and awaits_data(target):
+            before_setup(trainer.strategy, functools.partial(self._begin_with_data, trainer, pl_module))
+
+    def _begin_with_data(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if awaits_data(target := self._target(pl_module)):  # no checkpoint has been loaded meanwhile
+            begin_with_data(trainer, pl_module, target)
+            self._inject_anew(trainer, pl_module)
+
+    def _inject_anew(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note the adapter as it is now, where its layers have got other ranks."""
+        self._entry_of, self._logged = None, set()
+        self._inject(trainer, pl_module)
 
     def _target(self, pl_module: pl.LightningModule) -> nn.Module:
         return target_of(pl_module, self.module)
@@ -358,6 +372,12 @@ def _callbacks(trainer: pl.Trainer) -> list[LoraCallback]:
 
 def _entries(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, dict[str, Any]]:
     return {callback.name: callback.checkpoint_entry(pl_module) for callback in _callbacks(trainer)}
+
+
+def _take_ranks(trainer: pl.Trainer, pl_module: pl.LightningModule, entries: Mapping[str, Any]) -> None:
+    for callback in _callbacks(trainer):
+        if callback.name in entries and take_ranks(callback._target(pl_module), entries[callback.name]):
+            callback._inject_anew(trainer, pl_module)
 
 
 def _state_of(trainer: pl.Trainer) -> AdapterState:

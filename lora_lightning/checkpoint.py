@@ -15,7 +15,8 @@ from lora_lightning.adapters.folder import warn_of_other_base
 from lora_lightning.adapters.merge import fold_in
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import AdapterError, LoraConfigError
-from lora_lightning.injection import check_config, inject_lora
+from lora_lightning.injection import check_config
+from lora_lightning.injection.inject import inject_ahead
 from lora_lightning.injection.state import load_lora_state, record_of, the_root
 
 Module = TypeVar("Module", bound=pl.LightningModule)
@@ -68,7 +69,7 @@ def _inject(module: pl.LightningModule, entry: dict[str, Any], source: str) -> N
     target = _target(module, entry)
     for folder in entry["record"].get("bases", ()):
         fold_in(target, folder)
-    inject_lora(target, config, seed=entry["seed"])
+    inject_ahead(target, config, seed=entry["seed"])
     root = the_root(target)[1]
     record_of(root).bases = tuple(entry["record"].get("bases", ()))
     warn_of_other_base(entry["record"], root, source)

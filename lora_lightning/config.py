@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from types import NoneType
 from typing import Any
 
 from lora_lightning.config_checks import (
@@ -23,13 +21,12 @@ from lora_lightning.config_checks import (
     plain,
     unknown_key,
 )
+from lora_lightning.config_starts import DEFAULTS, PISSA_NITER, check_settings, check_start
 from lora_lightning.errors import LoraConfigError
 
 ALL_LINEAR = "all-linear"
 BIAS_KINDS = ("none", "all", "lora_only")
 INITIALISATIONS = ("gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "corda", "lora_ga", "mica")
-PISSA_NITER = re.compile(r"pissa_niter_\d+")
-"""PiSSA by a fast singular value decomposition of so many iterations."""
 TASK_TYPES = ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 # The heads that a task type trains in full although nobody named them; those a model lacks are passed over.
 TASK_HEADS = {
@@ -70,7 +67,9 @@ class LoraConfig:
         alpha_pattern: Other alphas for some layers, written like ``rank_pattern``.
         init_lora_weights: True (``A`` Kaiming-uniform, ``B`` zero), False (both random), ``"gaussian"``,
             ``"orthogonal"``, ``"pissa"`` (``"pissa_niter_16"`` by a faster decomposition), ``"olora"``, ``"loftq"``,
-            ``"mica"``, or from what the data shows: ``"eva"``, ``"corda"``, ``"lora_ga"``.
+            ``"mica"``, or from what the data shows: ``"eva"``, ``"corda"``, ``"lora_ga"``. Of these ``"pissa"``,
+            ``"olora"``, ``"loftq"``, ``"corda"`` and ``"lora_ga"`` change the base's weights, which
+            :func:`unload_lora` puts back: they take their size once more in the machine's memory.
         lora_bias: Give ``B`` a bias that trains.
         target_parameters: Names of parameters, 2-D or 3-D, that are adapted where no layer of their own holds them: the
             experts of a mixture. Written as a list of ``target_modules``.
@@ -169,6 +168,8 @@ class LoraConfig:
     @property
     def variant(self) -> str:
         """The name under which ``lora_lightning.layers.KINDS`` has this config's layers."""
+        if self.alora_invocation_tokens:
+            return "alora_bias" if self.lora_bias else "alora"
         return "dora" if self.use_dora else "lora_bias" if self.lora_bias else "lora"
 
     @property
@@ -202,9 +203,8 @@ class LoraConfig:
             problems.append(f"lora_dropout must be a probability in [0, 1), got {dropout!r}")
         for name in ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias", "ensure_weight_tying"):
             problems += check_switch(name, getattr(self, name))
-        for name in ("loftq_config", "eva_config", "corda_config", "lora_ga_config"):
-            if not isinstance(value := getattr(self, name), (dict, NoneType)):
-                problems.append(f"{name} must be a mapping of settings, got {value!r}")
+        for start in DEFAULTS:
+            problems += check_settings(start, getattr(self, f"{start}_config"))
         problems += check_choice("bias", self.bias, BIAS_KINDS)
         if self.task_type is not None:
             problems += check_choice("task_type", self.task_type, TASK_TYPES)
@@ -215,6 +215,10 @@ class LoraConfig:
             odd = [rank for rank in ranks if isinstance(rank, int) and rank % 2]
             if odd:
                 problems.append(f"init_lora_weights='orthogonal' needs even ranks, got r={odd[0]}")
+        problems += check_start(self)
+        if self.alora_invocation_tokens and (self.use_dora or self.target_parameters):
+            other = "use_dora" if self.use_dora else "target_parameters"
+            problems.append(f"alora_invocation_tokens does not go with {other} (nor in PEFT)")
         if self.lora_bias and self.use_dora:
             problems.append("lora_bias does not go with use_dora, which has no place for a bias of B (nor in PEFT)")
         if self.lora_bias and not isinstance(self.init_lora_weights, bool):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lora_lightning.adapters.distributed import is_distributed, read_distributed
 from lora_lightning.adapters.files import damage_of
 from lora_lightning.adapters.folder import AdapterFacts, describe, write_folder
+from lora_lightning.adapters.joined import with_starts
 from lora_lightning.adapters.zero import is_zero, read_whole
 from lora_lightning.errors import AdapterError, did_you_mean
 from lora_lightning.injection.state import record_of, the_root
@@ -44,6 +45,7 @@ def checkpoint_entry(module: nn.Module, attribute: str | None) -> dict[str, Any]
                 {prefix + name: key for name, key in facts.keys.items()},
                 [prefix + name for name in facts.outside],
                 facts.record,
+                {key: [prefix + name, transposed] for key, (name, transposed) in facts.tied.items()},
             )
         ),
     }
@@ -51,7 +53,7 @@ def checkpoint_entry(module: nn.Module, attribute: str | None) -> dict[str, Any]
 
 def facts_of(entry: Mapping[str, Any]) -> AdapterFacts:
     """The facts of an adapter's folder, from what a checkpoint keeps of it; names from the LightningModule on."""
-    return AdapterFacts(entry["config"], entry["keys"], entry["outside"], entry["record"])
+    return AdapterFacts(entry["config"], entry["keys"], entry["outside"], entry["record"], entry.get("tied", {}))
 
 
 def read_checkpoint(path: str | os.PathLike[str], *, mapped: bool = False) -> dict[str, Any]:
@@ -133,6 +135,6 @@ def adapter_from_checkpoint(
         raise AdapterError(f"no adapter {name!r}{did_you_mean(name, entries)} in {path}: it has {', '.join(entries)}")
     entry = entries[name]
     facts = facts_of(entry)
-    wanted = [*facts.keys, *facts.outside]
+    wanted = with_starts([*facts.keys, *facts.outside], checkpoint["state_dict"])
     state: dict[str, Tensor] = {key: checkpoint["state_dict"][key] for key in wanted}
     return write_folder(facts, state, folder or path.with_name(f"{path.stem}-adapter"), overwrite=overwrite)

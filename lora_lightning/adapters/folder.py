@@ -20,17 +20,21 @@ from torch import Tensor, nn
 import lora_lightning
 from lora_lightning.adapters.fingerprint import fingerprint
 from lora_lightning.adapters.hub import CONFIG_FILE, OUTSIDE_FILE, RECORD_FILE, WEIGHTS_FILE, adapter_folder
+from lora_lightning.adapters.joined import is_start, joined
 from lora_lightning.adapters.one_scale import with_one_scale
 from lora_lightning.adapters.peft_config import from_peft_config, to_peft_config
 from lora_lightning.adapters.peft_names import PREFIX, as_written_here, peft_names, prefix_hint
 from lora_lightning.adapters.peft_notes import warn_of_peft
 from lora_lightning.adapters.tensor_file import is_finite, names_in, read_tensors, write_tensors
+from lora_lightning.adapters.tied_files import tied_names, tied_values, without_tied
 from lora_lightning.adapters.written import unwritten, written_aside
 from lora_lightning.config import LoraConfig
+from lora_lightning.config_starts import changes_base
 from lora_lightning.errors import AdapterError, LoraConfigError
 from lora_lightning.injection import LoraReport, freeze_base, report_of, unload_lora
-from lora_lightning.injection.inject import inject_unfilled
 from lora_lightning.injection.attentions import meant_by
+from lora_lightning.injection.beside import token_rows
+from lora_lightning.injection.inject import inject_unfilled
 from lora_lightning.injection.matching import pattern_value
 from lora_lightning.injection.names import find_root, unwrap
 from lora_lightning.injection.state import (
@@ -58,12 +62,14 @@ class AdapterFacts:
         keys: Name below the model that was described to key in ``adapter_model.safetensors``.
         outside: Names that belong into ``modules_outside.safetensors``.
         record: Content of ``lora_lightning.json``.
+        tied: Further keys of a layer tied to an embedding, each with [name of the embedding's, whether transposed].
     """
 
     config: dict[str, Any]
     keys: dict[str, str]
     outside: list[str] = field(default_factory=list)
     record: dict[str, Any] = field(default_factory=dict)
+    tied: dict[str, list] = field(default_factory=dict)
 
 
 def describe(model: nn.Module) -> AdapterFacts:
@@ -81,11 +87,14 @@ def describe(model: nn.Module) -> AdapterFacts:
         config=to_peft_config(root),
         keys={_join(prefix, name): key for name, key in peft_names(root).items()},
         outside=outside,
+        tied={key: [_join(prefix, name), transposed] for key, (name, transposed) in tied_names(root).items()},
         record={
             "version": lora_lightning.__version__,
             "base_fingerprint": fingerprint(root),
             "bases": list(record.bases),
-        },
+        }
+        # The file's adapter has twice the rank then: it is for the base as it was.
+        | ({"began_as": how} if changes_base(how := record.config.init_lora_weights) else {}),
     )
 
 
@@ -108,7 +117,7 @@ def save_adapter(
         AdapterError: If there is no adapter, its values are not finite, the folder holds one already, or with
             ``fold_scaling`` it has more than such a server reads (DoRA, biases, modules trained in full).
     """
-    state = adapter_state(model)
+    state = joined(adapter_state(model))
     facts = describe(model)
     if fold_scaling:
         facts, state = with_one_scale(facts, state)
@@ -132,6 +141,7 @@ def write_folder(
     if (folder / WEIGHTS_FILE).exists() and not overwrite:
         raise AdapterError(f"{folder} holds an adapter already: choose another folder, or pass overwrite=True")
     check_finite(state)
+    state = joined(state)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / CONFIG_FILE, _json(facts.config))
@@ -140,7 +150,8 @@ def write_folder(
             write_tensors(folder / OUTSIDE_FILE, {name: state[name] for name in facts.outside})
         else:
             (folder / OUTSIDE_FILE).unlink(missing_ok=True)  # that of the adapter which was there
-        write_tensors(folder / WEIGHTS_FILE, {key: state[name] for name, key in facts.keys.items()})
+        weights = {key: state[name] for name, key in facts.keys.items()} | tied_values(facts.tied, state)
+        write_tensors(folder / WEIGHTS_FILE, weights)
     except OSError as error:
         raise unwritten(folder, error) from error
     return folder
@@ -181,11 +192,13 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trainable:
     try:
         prefix, root = the_root(model)
         names = {key: _join(prefix, name) for name, key in peft_names(root).items()}
-        copies = {f"{PREFIX}{name}{_BASE_COPY}" for name, _ in lora_layers(root)}
+        weights = without_tied(weights, root, str(folder))
+        copies = {f"{PREFIX}{name}{_BASE_COPY}" for name, _ in (*lora_layers(root), *token_rows(root))}
         given = {names.get(key, key): value for key, value in weights.items() if key not in copies}
         hint = prefix_hint(*([key for key in keys if not key.endswith(_UNSAVED)] for keys in (weights, names)))
         given |= _read_outside(folder, model)
-        _check_fit(root, config, given, set(adapter_tensors(model)), folder, hint)
+        own = {name for name in adapter_tensors(model) if not is_start(name)}
+        _check_fit(root, config, given, own, folder, hint)
         load_lora_state(model, lora_state_dict(model) | given, str(folder))
     except BaseException:
         if fresh:
@@ -300,7 +313,7 @@ def _check_fit(
         problems += [hint] if hint else []
     layers = dict(lora_layers(root))
     for name, layer in layers.items():
-        meant = meant_by(name, layers)
+        meant = layer.lora_meant(meant_by(name, layers))
         r = int(pattern_value(config.rank_pattern, meant, config.r))
         scaling = config.scaling(r, pattern_value(config.alpha_pattern, meant, config.lora_alpha))
         if (r, scaling) != (layer.lora_r, layer.lora_scaling):

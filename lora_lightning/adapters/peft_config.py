@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from lora_lightning.adapters.joined import joined_config
 from lora_lightning.adapters.peft_names import short_targets
 from lora_lightning.config import ALL_LINEAR, TASK_HEADS, LoraConfig
+from lora_lightning.config_starts import PISSA_NITER
 from lora_lightning.errors import AdapterError, LoraConfigError
 from lora_lightning.injection.matching import matches
 from lora_lightning.injection.names import canonical_modules
@@ -30,13 +32,14 @@ _DEFAULTS = {
 def to_peft_config(root: nn.Module) -> dict[str, Any]:
     """PEFT's config of an injected root, its keys sorted; the layers are named so that PEFT finds the same ones."""
     record = record_of(root)
-    values = record.config.to_dict()
+    values = joined_config(record.config.to_dict())
     if values["target_modules"] == ALL_LINEAR or _skipped_some(root, record.config):
         # Resolved: what a reader calls linear, or may skip, need not be what was adapted here.
         values["target_modules"] = short_targets(root)
         values["layers_to_transform"] = values["layers_pattern"] = None
     elif isinstance(values["target_modules"], list):
         values["target_modules"] = sorted(values["target_modules"])
+    values["target_parameters"] = sorted(values["target_parameters"] or []) or None
     names = [name for name, _ in canonical_modules(root) if name]
     wanted = [*(values["modules_to_save"] or []), *TASK_HEADS.get(record.config.task_type or "", ())]
     found = [entry for entry in wanted if any(matches([entry], name) for name in names)]
@@ -78,6 +81,7 @@ def from_peft_config(values: Mapping[str, Any], root: nn.Module, source: str) ->
         _LOG.info("%s: passed over, not in force: %s", source, ", ".join(sorted(foreign)))
     if values.get("target_modules") is None:
         raise AdapterError(f"{source} does not say which layers are adapted: target_modules is missing or null")
+    _refuse_lost_start(values.get("init_lora_weights"), source)
     kept = {key: value for key, value in values.items() if key in ours and not (value is None and key != "r")}
     names = [name for name, _ in canonical_modules(root)]
     for key in ("target_modules", "modules_to_save"):
@@ -91,6 +95,16 @@ def from_peft_config(values: Mapping[str, Any], root: nn.Module, source: str) ->
         return LoraConfig.from_dict(kept)
     except LoraConfigError as error:
         raise AdapterError(f"{source}: {error}") from error
+
+
+def _refuse_lost_start(how: Any, source: str) -> None:
+    """An adapter over weights that a start has changed, of which the file does not say how."""
+    if how in ("corda", "lora_ga") or PISSA_NITER.fullmatch(str(how)):
+        raise AdapterError(
+            f"{source} has init_lora_weights={how!r}: the adapter is for a base that this start has changed, by data "
+            "or draws that are not in the folder, so that it fits no base that can be had. Save it in PEFT with "
+            "path_initial_model_for_weight_conversion, or load it over the changed base with init_lora_weights true"
+        )
 
 
 def _those_found(entries: list[str], names: list[str], what: str) -> list[str]:

@@ -10,17 +10,22 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from lora_lightning.adapters.joined import is_start
+from lora_lightning.adapters.nested_names import holders_of, nested_name
 from lora_lightning.injection.attentions import meant_by
 from lora_lightning.injection.state import lora_layers, lora_state_dict
+from lora_lightning.layers.parameters import LoraParameter
 
 PREFIX = "base_model.model."
 _MAGNITUDE = ".lora_magnitude_vector"
 
 
 def peft_names(root: nn.Module) -> dict[str, str]:
-    """Our name to PEFT's name, for all that :func:`lora_state_dict` gives of an injected root."""
+    """Our name to PEFT's name, for all that :func:`lora_state_dict` gives of an injected root but first values."""
     adapted = {name: layer.lora_kind for name, layer in lora_layers(root)}
-    return {name: PREFIX + _peft_name(name, adapted) for name in lora_state_dict(root)}
+    holders = holders_of(root)
+    names = [name for name in lora_state_dict(root) if not is_start(name)]
+    return {name: PREFIX + nested_name(_peft_name(name, adapted), holders) for name in names}
 
 
 def _peft_name(name: str, adapted: dict[str, str]) -> str:
@@ -87,7 +92,8 @@ def _beginning(longer: set[str], shorter: set[str]) -> str | None:
 def adapted_names(root: nn.Module) -> list[str]:
     """Names of the adapted layers below a root, as targets: an attention stands for its parts."""
     adapted = dict(lora_layers(root))
-    return [name for name in adapted if meant_by(name, adapted) == name]
+    layers = [name for name, layer in adapted.items() if not isinstance(layer, LoraParameter)]
+    return [name for name in layers if meant_by(name, adapted) == name]
 
 
 def short_targets(root: nn.Module) -> list[str]:

@@ -1,7 +1,9 @@
 """First values of an adapter: functions of a layer and a generator, one for each ``init_lora_weights``.
 
-The generator is seeded by the run's seed and the layer's name alone, so that an adapter starts the same on every
-rank, under every strategy and in whatever order layers are visited; torch's global generator is not touched.
+Those that look at the base's weight are in ``starts``, and so are those that look at data: these begin as by default
+until they have seen some. The generator is seeded by the run's seed and the layer's name alone, so that an adapter
+starts the same on every rank, under every strategy and in whatever order layers are visited; torch's global generator
+is not touched.
 """
 
 from __future__ import annotations
@@ -13,10 +15,21 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor, nn
 
-from lora_lightning.layers import LoraLayer
+from lora_lightning.config import LoraConfig
+from lora_lightning.config_starts import DATA_DRIVEN, PISSA_NITER, changes_base, settings_of, start_of
+from lora_lightning.injection.starts.decompositions import mica, olora, pissa
+from lora_lightning.injection.starts.loftq import loftq
+from lora_lightning.injection.starts.residual import (
+    add_starts,
+    oriented,
+    replace_weight,
+    take_out_start,
+)
+from lora_lightning.injection.tensors import spread_like, whole
+from lora_lightning.layers import LoraLayer, is_linear
 from lora_lightning.layers.embedding import LoraOverEmbedding
 
-__all__ = ["INITIALISERS", "generator_for", "initialise"]
+__all__ = ["first_values", "generator_for", "initialise", "prepare", "set_values"]
 
 
 def generator_for(seed: int, name: str) -> Generator:
@@ -25,20 +38,71 @@ def generator_for(seed: int, name: str) -> Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def initialise(layer: LoraLayer, how: bool | str, generator: Generator) -> None:
-    """Fill ``lora_A`` and ``lora_B`` as ``init_lora_weights`` says, and what follows from them; nothing on meta."""
+def prepare(layer: LoraLayer, config: LoraConfig) -> None:
+    """What a start needs of a layer beside ``A`` and ``B``, whoever gives the values."""
+    start = start_of(config.init_lora_weights)
+    if changes_base(start) and start != "loftq":
+        add_starts(layer)
+    if start == "mica" and (is_linear(layer) or isinstance(layer, LoraOverEmbedding)):
+        vars(layer)["lora_still"] = ("lora_B",)
+
+
+def initialise(layer: LoraLayer, config: LoraConfig, generator: Generator) -> None:
+    """Fill ``lora_A`` and ``lora_B`` as ``init_lora_weights`` says, and what follows from them; nothing on meta.
+
+    A start that takes its values out of the base's weight changes it, so that outputs stay what they were.
+    """
     if layer.lora_A.is_meta:
         return
-    values = INITIALISERS[how](layer, generator)
-    for parameter, value in zip((layer.lora_A, layer.lora_B), values, strict=True):
+    set_values(layer, *first_values(layer, config, generator))
+    derive(layer)
+
+
+@torch.no_grad()
+def set_values(layer: LoraLayer, a: Tensor, b: Tensor) -> None:
+    """Give a layer's ``lora_A`` and ``lora_B`` values that every process has whole."""
+    for parameter, value in ((layer.lora_A, a), (layer.lora_B, b)):
         if type(parameter) is nn.Parameter and parameter.device == value.device and parameter.dtype == value.dtype:
             parameter.data = value.contiguous()  # as drawn, without a copy
         else:
-            with torch.no_grad():
-                parameter.copy_(value)
-    with torch.no_grad():
-        for name, value in layer.lora_derived().items():
-            layer.lora_own[name].copy_(value)
+            parameter.copy_(spread_like(value, parameter))
+
+
+@torch.no_grad()
+def derive(layer: LoraLayer) -> None:
+    """Give what follows from the weight, ``A`` and ``B`` its values."""
+    for name, value in layer.lora_derived().items():
+        layer.lora_own[name].copy_(value)
+
+
+@torch.no_grad()
+def first_values(layer: LoraLayer, config: LoraConfig, generator: Generator) -> tuple[Tensor, Tensor]:
+    """``A (r, in)`` and ``B (out, r)`` as a layer begins, whole on every process; its base is changed where they ask.
+
+    Embeddings begin as by default under the starts that are for linear layers, as in PEFT.
+    """
+    how = start_of(config.init_lora_weights)
+    if how in _DRAWN:
+        return _DRAWN[how](layer, generator)
+    of_weight = is_linear(layer) or (how == "mica" and isinstance(layer, LoraOverEmbedding))
+    if how in DATA_DRIVEN or not of_weight:
+        return _default(layer, generator)
+    weight = whole(layer.weight.detach())
+    weight = oriented(layer, weight.to(torch.promote_types(weight.dtype, torch.float32)))
+    r, scaling, settings = layer.lora_r, layer.lora_scaling, settings_of(config)
+    if how == "mica":
+        return mica(weight, r)
+    if how == "loftq":
+        quantised, a, b = loftq(weight, r, scaling, settings["loftq_bits"], settings["loftq_iter"])
+        replace_weight(layer, quantised)
+        return a, b
+    if how == "pissa":
+        fast = PISSA_NITER.fullmatch(str(config.init_lora_weights))
+        a, b = pissa(weight, r, scaling, int(fast[1]) if fast else None, generator)
+    else:
+        a, b = olora(weight, r)
+    take_out_start(layer, a, b)
+    return a, b
 
 
 def _default(layer: LoraLayer, generator: Generator) -> tuple[Tensor, Tensor]:
@@ -85,7 +149,7 @@ def _uniform(shape: tuple[int, ...], generator: Generator) -> Tensor:
     return drawn.mul_(2).sub_(1).div_(math.sqrt(math.prod(shape[1:])))
 
 
-INITIALISERS: dict[bool | str, Callable[[LoraLayer, Generator], tuple[Tensor, Tensor]]] = {
+_DRAWN: dict[bool | str, Callable[[LoraLayer, Generator], tuple[Tensor, Tensor]]] = {
     True: _default,
     False: _random,
     "gaussian": _gaussian,

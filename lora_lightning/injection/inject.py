@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from lora_lightning.config import LoraConfig
+from lora_lightning.config_starts import DATA_DRIVEN, changes_base
 from lora_lightning.errors import LoraConfigError
+from lora_lightning.injection.activation import activate
+from lora_lightning.injection.beside import inject_beside
 from lora_lightning.injection.fast_paths import leave_fast_paths
 from lora_lightning.injection.frozen import meant_to_train, warn_of_bare
-from lora_lightning.injection.initialise import generator_for, initialise
-from lora_lightning.injection.names import canonical_modules, find_root, parameters_of, unwrap, walked_once
+from lora_lightning.injection.initialise import generator_for, initialise, prepare
+from lora_lightning.injection.names import (
+    canonical_modules,
+    find_root,
+    forget_walks,
+    parameters_of,
+    unwrap,
+    walked_once,
+)
+from lora_lightning.injection.replicate import replicate_layers, taken_back_on_error
 from lora_lightning.injection.report import LoraReport, LoraRow
+from lora_lightning.injection.starts.hindrances import refuse_starts
 from lora_lightning.injection.state import (
+    BIASES,
     ORIGINALS,
     RECORD,
     Injected,
@@ -27,9 +41,11 @@ from lora_lightning.injection.state import (
     record_of,
     trained_in_full,
 )
-from lora_lightning.injection.targets import resolve
+from lora_lightning.injection.targets import Plan, resolve
 from lora_lightning.injection.together import compute_together
+from lora_lightning.injection.tying import Untied, untie
 from lora_lightning.layers import LoraLayer, adapt
+from lora_lightning.layers.tokens import TokenRows
 
 
 def inject_lora(model: nn.Module, config: LoraConfig | Mapping[str, Any], *, seed: int | None = None) -> LoraReport:
@@ -53,6 +69,19 @@ def inject_lora(model: nn.Module, config: LoraConfig | Mapping[str, Any], *, see
     """
     config = config if isinstance(config, LoraConfig) else LoraConfig.from_dict(config)
     with walked_once():
+        report = _inject(unwrap(model), config, default_seed() if seed is None else seed)
+    if any(record_of(root).awaits_data for root in injected_roots(model).values()):
+        warnings.warn(
+            f"init_lora_weights={config.init_lora_weights!r} begins as data show: call initialise_from_data(model, "
+            "batches) before training, or the adapter begins as a plain one",
+            stacklevel=2,
+        )
+    return report
+
+
+def inject_ahead(model: nn.Module, config: LoraConfig, *, seed: int | None = None) -> LoraReport:
+    """As :func:`inject_lora`, for one who sees to it that data or saved values follow where the config asks so."""
+    with walked_once():
         return _inject(unwrap(model), config, default_seed() if seed is None else seed)
 
 
@@ -63,9 +92,17 @@ def inject_unfilled(model: nn.Module, config: LoraConfig) -> LoraReport:
 
 
 def _inject(model: nn.Module, config: LoraConfig, seed: int, *, fill: bool = True) -> LoraReport:
-    _refuse_missing(config)
     root = _earlier_root(model, config) or find_root(model)[1]
-    plan = resolve(root, config, outside=model)
+    fresh = RECORD not in vars(root)
+    config = config if fresh else record_of(root).config
+    replicated = replicate_layers(root, config.layer_replication) if fresh and config.layer_replication else None
+    if replicated is not None:
+        forget_walks()
+    with taken_back_on_error(replicated):
+        plan = resolve(root, config, outside=model)
+        refuse_starts(root, plan.targets, config)
+    untied = _untie(model, root, plan) if fresh else ()
+    awaits_data = config.init_lora_weights in DATA_DRIVEN
     before = [name for name, p in root.named_parameters() if p.requires_grad]
     heads, bare = meant_to_train(model, root, plan.in_full.values())
     for target in plan.targets:
@@ -73,37 +110,35 @@ def _inject(model: nn.Module, config: LoraConfig, seed: int, *, fill: bool = Tru
             continue
         scaling = config.scaling(target.r, target.lora_alpha)
         adapt(target.layer, target.r, target.lora_alpha, scaling, config.lora_dropout, config.variant)
-        if fill:
-            initialise(cast("LoraLayer", target.layer), config.init_lora_weights, generator_for(seed, target.name))
+        layer = cast("LoraLayer", target.layer)
+        prepare(layer, config)
+        if fill or (changes_base(config.init_lora_weights) and not awaits_data):
+            initialise(layer, config, generator_for(seed, target.name))
+    inject_beside(root, plan, config, seed, fill=fill)
     for module in plan.in_full.values():
         for part in module.modules():
             own = [name for name, _ in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))]
             if own and ORIGINALS not in vars(part):
                 copy_originals(part, own)
+    if config.alora_invocation_tokens:
+        activate(root, config.alora_invocation_tokens)
     _mark_biases(root, config)
     leave_fast_paths(root)
     compute_together(root)
-    if RECORD not in vars(root):
-        vars(root)[RECORD] = Injected(config, seed, tuple(before), statistics=copy_statistics(root))
+    if fresh:
+        record = Injected(
+            config, seed, tuple(before), statistics=copy_statistics(root), awaits_data=fill and awaits_data
+        )
+        record.replicated, record.untied, record.followers = replicated, untied, plan.followers
+        vars(root)[RECORD] = record
     freeze_base(model)
     warn_of_bare(bare)
     return report_of(model, heads)
 
 
-# What a config can say and injection cannot do yet.
-_MISSING = (
-    *("target_parameters", "trainable_token_indices", "ensure_weight_tying", "layer_replication"),
-    "alora_invocation_tokens",
-)
-_MISSING_STARTS = ("pissa", "olora", "loftq", "eva", "corda", "lora_ga", "mica")
-
-
-def _refuse_missing(config: LoraConfig) -> None:
-    missing = [name for name in _MISSING if getattr(config, name)]
-    start = str(config.init_lora_weights).split("_niter_")[0]
-    missing += [f"init_lora_weights={start}"] if start in _MISSING_STARTS else []
-    if missing:
-        raise LoraConfigError(f"not built yet, so that nothing would come of it: {', '.join(missing)}")
+def _untie(model: nn.Module, root: nn.Module, plan: Plan) -> tuple[Untied, ...]:
+    modules = dict(canonical_modules(root))
+    return tuple(untie(model, plan.in_full, [modules[name] for name in plan.followers]))
 
 
 def default_seed() -> int:
@@ -114,14 +149,23 @@ def default_seed() -> int:
 def check_config(model: nn.Module, config: LoraConfig) -> None:
     """Raise the :class:`LoraConfigError` that injecting a config would raise for its names, changing nothing."""
     model = unwrap(model)
-    resolve(find_root(model)[1], config, outside=model)
+    root = find_root(model)[1]
+    replicated = None
+    if config.layer_replication and RECORD not in vars(root):
+        replicated = replicate_layers(root, config.layer_replication)
+    try:
+        resolve(root, config, outside=model)
+    finally:
+        if replicated is not None:
+            replicated.show(0)
 
 
 def freeze_base(model: nn.Module) -> None:
     """Let the adapter's parameters train and nothing else in the model."""
+    still = {id(layer.lora_own[part]) for _, layer in lora_layers(model) for part in layer.lora_still}
     for tensor in freeze_rest(model).values():
         if isinstance(tensor, nn.Parameter):
-            tensor.requires_grad_(True)
+            tensor.requires_grad_(id(tensor) not in still)
 
 
 def freeze_rest(model: nn.Module) -> dict[str, Tensor]:
@@ -147,14 +191,16 @@ def report_of(model: nn.Module, heads: tuple[str, ...] = (), whole: nn.Module | 
     rows = []
     for name, layer in lora_layers(model):
         sides = layer.lora_sides(layer)
-        weight = sum(parameter.numel() for parameter in layer.lora_own.values())
+        weight = sum(p.numel() for part, p in layer.lora_own.items() if part not in layer.lora_still)
         rows.append(
             LoraRow(name.removeprefix(prefix), layer.lora_kind, sides, layer.lora_r, layer.lora_scaling, weight)
         )
     for name, module, originals in trained_in_full(model):
         own = [p for local, p in module.named_parameters(recurse=False) if local in originals]
         if own:
-            kind = "bias" if list(originals) == ["bias"] and "weight" in module._parameters else "in full"
+            kind = "tokens" if isinstance(module, TokenRows) else "in full"
+            of_weight = {"weight", "in_proj_weight"} & module._parameters.keys()
+            kind = "bias" if of_weight and set(originals) <= set(BIASES) else kind
             count = sum(p.numel() for p in own)
             rows.append(LoraRow(name.removeprefix(prefix), kind, tuple(own[0].shape[::-1]), 0, 0.0, count))
     sizes = [(_numel(p), p.requires_grad) for p in parameters_of(whole or model)]
@@ -166,7 +212,10 @@ def _earlier_root(model: nn.Module, config: LoraConfig) -> nn.Module | None:
     """The root that was injected with an equal config before; another config is refused."""
     roots = injected_roots(model)
     for name, root in roots.items():
-        if differing := record_of(root).config.difference(config):
+        record = record_of(root)
+        if record.asked is not None and not record.asked.difference(config):
+            continue  # data have changed ranks in it since
+        if differing := record.config.difference(config):
             raise LoraConfigError(
                 f"{name or type(model).__name__} already has another LoRA config, and a layer holds one adapter. "
                 "They differ in (here: the one in place, there: the new one)"
@@ -180,10 +229,10 @@ def _mark_biases(root: nn.Module, config: LoraConfig) -> None:
     if config.bias == "none":
         return
     for _, module in canonical_modules(root):
-        wanted = config.bias == "all" or isinstance(module, LoraLayer)
-        has_bias = isinstance(module._parameters.get("bias"), nn.Parameter)
-        if wanted and has_bias and ORIGINALS not in vars(module):
-            copy_originals(module, ["bias"])
+        wanted = BIASES if config.bias == "all" else BIASES[:1] if isinstance(module, LoraLayer) else ()
+        biases = [name for name in wanted if isinstance(module._parameters.get(name), nn.Parameter)]
+        if biases and ORIGINALS not in vars(module):
+            copy_originals(module, biases)
 
 
 def _numel(parameter: nn.Parameter) -> int:

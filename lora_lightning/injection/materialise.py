@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from lora_lightning.injection.initialise import INITIALISERS, generator_for
+from lora_lightning.injection.beside import token_rows
+from lora_lightning.injection.initialise import first_values, generator_for
 from lora_lightning.injection.names import canonical_modules
+from lora_lightning.injection.starts.residual import starts_of
 from lora_lightning.injection.state import (
     adapter_tensors,
     copy_originals,
@@ -26,6 +28,7 @@ from lora_lightning.injection.state import (
     record_of,
     trained_in_full,
 )
+from lora_lightning.layers.tokens import TokenRows
 
 Part = tuple[slice, ...]
 
@@ -141,14 +144,21 @@ def start_adapters(model: nn.Module, device: torch.device) -> None:
         record = record_of(root)
         by_id = {id(place.tensor): place for place in places(root)}
         for name, layer in lora_layers(root):
+            if not layer.lora_own:
+                continue  # a head that has the adapter of the embedding it is tied to
             unfilled = layer.lora_A.is_meta or layer.lora_B.is_meta
             if unfilled:
-                values = INITIALISERS[record.config.init_lora_weights](layer, generator_for(record.seed, name))
+                for buffer in starts_of(layer).values():
+                    by_id[id(buffer)].fill(torch.zeros(buffer.shape).__getitem__, device, None)
+                values = first_values(layer, record.config, generator_for(record.seed, name))
                 for parameter, value in zip((layer.lora_A, layer.lora_B), values, strict=True):
                     by_id[id(parameter)].fill(value.__getitem__, device, None)
             if unfilled or record.source is None:  # what follows from the base's weights, which are others now
                 for part, value in layer.lora_derived().items():
                     by_id[id(getattr(layer, part))].fill(value.__getitem__, device, None)
+        for _, rows in token_rows(root):
+            if rows.trainable_tokens_delta.is_meta:
+                by_id[id(rows.trainable_tokens_delta)].fill(rows.lora_base_rows().__getitem__, device, None)
         if any(value.is_meta for value in record.statistics.values()):
             record.statistics = copy_statistics(root)
     for _, module, originals in trained_in_full(model):
@@ -158,5 +168,10 @@ def start_adapters(model: nn.Module, device: torch.device) -> None:
 
 def low_rank_ids(model: nn.Module) -> set[int]:
     """Ids of the low-rank parameters, which no base has."""
-    in_full = {id(getattr(module, local)) for _, module, originals in trained_in_full(model) for local in originals}
+    in_full = {
+        id(getattr(module, local))
+        for _, module, originals in trained_in_full(model)
+        if not isinstance(module, TokenRows)
+        for local in originals
+    }
     return {id(tensor) for tensor in adapter_tensors(model).values()} - in_full

@@ -12,8 +12,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import AdapterError
 from lora_lightning.injection.names import canonical, canonical_modules, unwrap
+from lora_lightning.injection.replicate import Replicated
+from lora_lightning.injection.starts.residual import settle_weight, starts_of
 from lora_lightning.injection.tensors import spread_like
-from lora_lightning.layers import LoraLayer
+from lora_lightning.injection.tying import Untied
+from lora_lightning.layers import LoraLayer, is_quantised
 
 RECORD = "_lora_injected"
 ORIGINALS = "_lora_originals"
@@ -34,6 +37,11 @@ class Injected:
         base_model: Name or folder of the base model, where an adapter folder told it.
         source: Adapter folder whose values were loaded, to go on from.
         still: Running statistics that training leaves as they are, by name below the root.
+        replicated: The stack of layers that was built from the model's own, if one was.
+        untied: Parameters that modules trained in full had in common with others before.
+        followers: Layers tied to an embedding that is adapted or trained in full, each with the embedding's name.
+        awaits_data: Whether the adapter is to begin as data show, and has not seen any yet.
+        asked: The config as it was given, where data have changed ranks in it since.
     """
 
     config: LoraConfig
@@ -44,6 +52,11 @@ class Injected:
     base_model: str | None = None
     source: str | None = None
     still: frozenset[str] = frozenset()
+    replicated: Replicated | None = None
+    untied: tuple[Untied, ...] = ()
+    followers: dict[str, str] = field(default_factory=dict)
+    awaits_data: bool = False
+    asked: LoraConfig | None = None
 
 
 def injected_roots(model: nn.Module) -> dict[str, nn.Module]:
@@ -91,7 +104,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers that belong to the adapter, by canonical name: low-rank ones and those trained in full."""
     found: dict[str, Tensor] = {}
     for name, layer in lora_layers(model):
-        found.update({_join(name, part): parameter for part, parameter in layer.lora_own.items()})
+        found.update({_join(name, part): tensor for part, tensor in (layer.lora_own | starts_of(layer)).items()})
     for name, module, originals in trained_in_full(model):
         found.update({_join(name, local): getattr(module, local) for local in originals})
     return found
@@ -147,6 +160,10 @@ def load_lora_state(model: nn.Module, state: Mapping[str, Tensor], source: str) 
         module._load_from_state_dict({local: given}, "", {}, False, [], [], errors)
         if errors:
             raise AdapterError(f"{source} does not fit this model: {errors[0]}")
+    for _, layer in lora_layers(model):
+        settle_weight(layer)
+    for root in injected_roots(model).values():
+        record_of(root).awaits_data = False
 
 
 def differences(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
@@ -189,6 +206,8 @@ def _own_state(module: nn.Module) -> dict[str, Tensor]:
     """A module's own part of its state dict; of the whole, a sharding engine's hooks would gather the base."""
     found: dict[str, Tensor] = {}
     module._save_to_state_dict(found, "", False)
+    if is_quantised(module):  # what its library adds to the weight is of the frozen base, as that is
+        return {local: t for local, t in found.items() if local in module._parameters or local in module._buffers}
     return found
 
 

@@ -9,8 +9,12 @@ import torch
 from torch import nn
 
 from lora_lightning.errors import AdapterError
+from lora_lightning.injection.activation import deactivate
+from lora_lightning.injection.beside import remove_beside, token_rows
 from lora_lightning.injection.fast_paths import take_fast_paths
 from lora_lightning.injection.names import canonical
+from lora_lightning.injection.replicate import as_before, take_back
+from lora_lightning.injection.starts.residual import bases_as_before, forget_start, put_back, weight_before
 from lora_lightning.injection.state import (
     ORIGINALS,
     RECORD,
@@ -36,7 +40,8 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
     """
     if not injected_roots(model):
         the_root(model)  # raises, with what to do
-    layers = [layer for _, layer in lora_layers(model) if layer.lora_enabled]
+    adapted = [layer for _, layer in lora_layers(model)]
+    layers = [layer for layer in (*adapted, *(rows for _, rows in token_rows(model))) if layer.lora_enabled]
     trained = [
         (module, local, swap(module, local, value))
         for _, module, originals in trained_in_full(model)
@@ -45,11 +50,14 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
     for layer in layers:
         layer.lora_enabled = False
     try:
-        yield
+        with bases_as_before(adapted), contextlib.ExitStack() as stacks:
+            for root in injected_roots(model).values():
+                stacks.enter_context(as_before(record_of(root).replicated))
+            yield
     finally:
         for layer in layers:
             layer.lora_enabled = True
-        for module, local, value in trained:
+        for module, local, value in reversed(trained):
             swap(module, local, value)
 
 
@@ -70,13 +78,22 @@ def unload_lora(model: nn.Module) -> None:
         for name, value in ((canonical(key), buffer) for key, buffer in root.named_buffers())
         if name in record_of(root).statistics
     ]
+    changed = [(layer, before) for _, layer in lora_layers(model) if (before := weight_before(layer)) is not None]
+    records = [record_of(root) for root in injected_roots(model).values()]
     remove_adapter(model)
     with torch.no_grad():
+        for layer, weight in changed:
+            put_back(layer, weight)
         for value, before in moved:
             value.copy_(before)
         for module, originals in trained:
             for local, value in originals.items():
                 getattr(module, local).copy_(value)
+    for record in records:
+        for parameter in record.untied:
+            parameter.tie_again()
+        if record.replicated is not None:
+            take_back(record.replicated)
 
 
 def remove_adapter(model: nn.Module) -> None:
@@ -86,15 +103,18 @@ def remove_adapter(model: nn.Module) -> None:
         AdapterError: If a layer's class was changed since injection; nothing is changed then.
     """
     layers = dict(lora_layers(model))
-    for name, layer in layers.items():
-        if plain_class(layer) is None:
+    for name, layer in (*layers.items(), *token_rows(model)):
+        if plain_class(vars(layer).get("lora_holder", layer)) is None:
             raise AdapterError(
                 f"{name} cannot be made plain again: its class is {type(layer).__name__} now, which is not one that "
                 "injection gave it (fully_shard changes classes too). Take off what changed it first, or load the "
                 "saved adapter into a fresh model"
             )
     for layer in layers.values():
+        forget_start(layer)
         restore(layer)
+    remove_beside(model)
+    deactivate(model)
     compute_apart(model)
     take_fast_paths(model)
     for module in model.modules():

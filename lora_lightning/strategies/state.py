@@ -47,6 +47,7 @@ class AdapterState:
         strategy: The trainer's strategy.
 
     Attributes:
+        before_load: Called with what a checkpoint says of its adapters, before their values are loaded.
         rng: The random states that this process had when the loaded checkpoint was written, until they are put back.
         watch: Knows the losses of the step to come.
         held: How many parameters the optimizers had when they were looked at last; None where nobody can add any.
@@ -55,6 +56,7 @@ class AdapterState:
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
         self.entries: Callable[[], dict[str, dict[str, Any]]] = dict
+        self.before_load: Callable[[Mapping[str, dict[str, Any]]], object] = dict
         self.rng: dict[str, Any] | None = None
         self.held: int | None = None
         self.watch = Watch()
@@ -193,6 +195,7 @@ class AdapterState:
             AdapterError: If the checkpoint has no adapter, or another one.
         """
         entries = entries_of(checkpoint, "the checkpoint")
+        self.before_load(entries)
         self._compare(entries)
         load_lora_state(self.module, checkpoint["state_dict"], "the checkpoint")
         self.rng = rng.of_rank(checkpoint[CHECKPOINT_KEY].get("rng"), first_with_same_rows(self.strategy))

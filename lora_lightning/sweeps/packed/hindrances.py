@@ -10,6 +10,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from lora_lightning.errors import AdapterError
 from lora_lightning.injection.names import canonical_modules, unwrap
+from lora_lightning.injection.starts.residual import weight_before
 from lora_lightning.injection.state import adapter_tensors, lora_layers, record_of, the_root, trained_in_full
 from lora_lightning.injection.targets import output_embeddings
 from lora_lightning.layers import LoraLayer, LoraLinear
@@ -42,6 +43,8 @@ def why_not_packed(model: nn.Module) -> str | None:
 def _why_not_layer(layer: LoraLayer, head: nn.Module | None) -> str | None:
     if type(layer).forward is not LoraLinear.forward:
         return f"is a {type(layer).__name__}: only plain LoRA on linear layers is computed for many jobs at once"
+    if weight_before(layer) is not None or layer.lora_still:
+        return "has changed its base weight, or does not train all of its adapter, by its init_lora_weights"
     if layer is head:
         return "is the head, whose logits are never made as a whole"
     if layer._forward_hooks or not (at_once([layer]) or not layer.lora_enabled):

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_lightning.config import INITIALISATIONS, TASK_HEADS
+from lora_lightning.config import TASK_HEADS
+from lora_lightning.config_starts import DATA_DRIVEN, changes_base
 from lora_lightning.sweeps.runs import Job
 
 PRECISIONS = ("32-true", "64-true", "bf16-true", "bf16-mixed")
@@ -92,8 +93,12 @@ def _of_lora(lora: Mapping[str, Any]) -> Iterator[str]:
     if lora.get("alora_invocation_tokens"):
         yield "lora.alora_invocation_tokens: each job's rows would be in force from other positions on"
     start = lora.get("init_lora_weights", True)
-    if not isinstance(start, bool) and start not in INITIALISATIONS:
+    if changes_base(start):
         yield f"lora.init_lora_weights={start} changes its base"
+    elif start in DATA_DRIVEN:
+        yield f"lora.init_lora_weights={start} looks at data before it trains"
+    elif start == "mica":
+        yield "lora.init_lora_weights=mica trains A alone"
     if lora.get("modules_to_save"):
         yield f"lora.modules_to_save trains {', '.join(lora['modules_to_save'])} in full"
     if lora.get("bias", "none") != "none":

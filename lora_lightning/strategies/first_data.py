@@ -1,0 +1,152 @@
+"""Adapters that begin as data show, shown the trainer's own batches before the strategy takes the model."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch import Tensor, nn
+
+from lora_lightning.config import LoraConfig
+from lora_lightning.config_starts import settings_of
+from lora_lightning.errors import LoraConfigError
+from lora_lightning.injection.starts.data import begin_as_shown, look_at_data
+from lora_lightning.injection.starts.ranks import with_ranks
+from lora_lightning.injection.state import record_of, the_root
+from lora_lightning.strategies import rng
+
+_DEALT = {
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("rank_pattern", "alpha_pattern"),
+}
+"""What of a config data may change."""
+_SPREADING = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
+
+
+def take_ranks(target: nn.Module, entry: Mapping[str, Any]) -> bool:
+    """Give an adapter that awaits data the ranks that data had given the one of a checkpoint.
+
+    Args:
+        target: The module below which the adapter is.
+        entry: What the checkpoint says of it.
+
+    Returns:
+        Whether ranks have changed; not where the configs differ in anything else, which is told later.
+    """
+    root = the_root(target)[1]
+    record, saved = record_of(root), LoraConfig.from_dict(entry["lora_config"])
+    mine, theirs = record.config.to_dict(), saved.to_dict()
+    differing = {key for key in mine if mine[key] != theirs[key]}
+    if not record.awaits_data or not differing or not differing <= _DEALT:
+        return False
+    with_ranks(root, saved)
+    return True
+
+
+def before_setup(strategy: Strategy, act: Callable[[], None]) -> None:
+    """Have something done once, when models are injected and before the strategy wraps them and makes optimizers."""
+    vars(strategy)["setup"] = functools.partial(_first, strategy, act, vars(strategy).get("setup"))
+
+
+def _first(strategy: Strategy, act: Callable[[], None], earlier: Callable[..., None] | None, trainer: Any) -> None:
+    vars(strategy).pop("setup", None)
+    act()
+    (earlier or strategy.setup)(trainer)
+
+
+def begin_with_data(trainer: pl.Trainer, pl_module: pl.LightningModule, target: nn.Module) -> None:
+    """Begin the adapter below ``target`` as batches of the trainer's data show: on every process as on the first.
+
+    Raises:
+        LoraConfigError: If the strategy spreads the model, or the module or its data cannot be asked for losses.
+    """
+    config = record_of(the_root(target)[1]).config
+    how = config.init_lora_weights
+    if isinstance(trainer.strategy, _SPREADING):
+        raise LoraConfigError(
+            f"init_lora_weights={how!r} runs batches through the whole model before training, and "
+            f"{type(trainer.strategy).__name__} spreads it over processes: inject_lora and initialise_from_data the "
+            "network yourself before trainer.fit, or use strategy='ddp'"
+        )
+    if not pl_module.automatic_optimization:
+        raise LoraConfigError(
+            f"init_lora_weights={how!r}: {type(pl_module).__name__} steps its optimizers by itself, so that no loss "
+            "can be had from it beforehand: inject_lora and initialise_from_data the network before trainer.fit"
+        )
+    source = trainer.fit_loop._data_source
+    if not source.is_defined():
+        raise LoraConfigError(f"init_lora_weights={how!r} looks at training data, and the trainer has none")
+    drawn = rng.capture()
+    device = trainer.strategy.root_device
+    pl_module.to(device)
+    try:
+        with _unlogged(pl_module), torch.inference_mode(False):
+            loader = source.dataloader()
+            batches = _batches(trainer, loader, device, settings_of(config)["batches"], again=how == "eva")
+            shown = look_at_data(target, batches, loss=_loss_of(trainer, pl_module))
+    finally:
+        rng.restore(drawn)
+    begin_as_shown(target, trainer.strategy.broadcast(shown))
+    rank_zero_info(f"LoRA began as the training data show (init_lora_weights={how!r})")
+
+
+def awaits_data(target: nn.Module) -> bool:
+    """Whether an adapter is to be shown data: not one whose values have been loaded."""
+    return record_of(the_root(target)[1]).awaits_data
+
+
+def _batches(trainer: pl.Trainer, loader: Any, device: torch.device, most: int, *, again: bool) -> Iterator[Any]:
+    """At most so many batches of a loader, on the device, from the start again where it ends and ``again`` says so."""
+    combined = loader if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "max_size_cycle")
+    left = most
+    while left:
+        before = left
+        for batch, _, _ in itertools.islice(iter(combined), left):
+            yield trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch), device)
+            left -= 1
+        if not again or left == before:
+            return
+
+
+def _loss_of(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Callable[[Any], Tensor]:
+    """The mean loss of a batch as the LightningModule says it."""
+
+    def loss(batch: Any) -> Tensor:
+        with trainer.precision_plugin.forward_context():
+            if (summed := getattr(pl_module, "loss_sum", None)) is not None:
+                total, count = summed(batch)[:2]
+                return total / count.clamp(min=1)
+            given = len(inspect.signature(pl_module.training_step).parameters)
+            out = pl_module.training_step(*(batch, 0)[:given])
+        found = out.get("loss") if isinstance(out, dict) else out
+        if not isinstance(found, Tensor):
+            kind = type(found).__name__
+            raise LoraConfigError(f"training_step of {type(pl_module).__name__} gave no loss, but a {kind}")
+        return found
+
+    return loss
+
+
+@contextmanager
+def _unlogged(pl_module: pl.LightningModule) -> Iterator[None]:
+    """Nothing is logged inside the ``with`` block: no loop runs that would take it."""
+    names = [name for name in ("log", "log_dict") if name not in vars(pl_module)]
+    vars(pl_module).update(dict.fromkeys(names, _nothing))
+    try:
+        yield
+    finally:
+        for name in names:
+            vars(pl_module).pop(name, None)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """Stands for a module's log."""
