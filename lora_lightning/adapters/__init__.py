@@ -6,8 +6,10 @@ from lora_lightning.adapters.folder import load_adapter, read_config, read_recor
 from lora_lightning.adapters.hub import adapter_folder, push_adapter
 from lora_lightning.adapters.merge import merge_lora
 from lora_lightning.adapters.merge_report import MergeReport
+from lora_lightning.adapters.several import Adapters
 
 __all__ = [
+    "Adapters",
     "MergeReport",
     "adapter_folder",
     "adapter_from_checkpoint",

@@ -111,7 +111,9 @@ class Part:
 
 
 @torch.no_grad()
-def combined(parts: Sequence[Part], way: Combination, rank: int, groups: int = 1) -> tuple[Tensor, Tensor]:
+def combined(
+    parts: Sequence[Part], way: Combination, rank: int, *, groups: int = 1, in_first: bool = False
+) -> tuple[Tensor, Tensor]:
     """``A`` and ``B`` of a layer, of the given rank and scale 1, in the dtype of the first part.
 
     Args:
@@ -119,6 +121,7 @@ def combined(parts: Sequence[Part], way: Combination, rank: int, groups: int = 1
         way: How.
         rank: Of the result; what the sum does not fill is zero.
         groups: Of a convolution: ``A`` has the rows of one group after those of another.
+        in_first: Whether the weight is stored ``(in, out)``: random numbers are drawn in its order, as PEFT does.
 
     Returns:
         ``(rank, in, …)`` and ``(out, rank, …)``.
@@ -129,7 +132,7 @@ def combined(parts: Sequence[Part], way: Combination, rank: int, groups: int = 1
         return _on_parts(parts, way)
     if groups > 1:
         raise LoraConfigError(f"how={way.how!r} needs the whole update, which a convolution of groups has not: use cat")
-    return _on_updates(parts, way, rank)
+    return _on_updates(parts, way, rank, in_first)
 
 
 def stacked(parts: Sequence[Part], groups: int = 1) -> tuple[Tensor, Tensor]:
@@ -145,8 +148,8 @@ def _on_parts(parts: Sequence[Part], way: Combination) -> tuple[Tensor, Tensor]:
     return _mixed([part.a for part in parts], signed, way), _mixed([part.b for part in parts], roots, way)
 
 
-def _on_updates(parts: Sequence[Part], way: Combination, rank: int) -> tuple[Tensor, Tensor]:
-    """``√``-free factors of the best approximation of a rank: ``U S`` and ``Vᵀ`` of the mixed update."""
+def _on_updates(parts: Sequence[Part], way: Combination, rank: int, in_first: bool) -> tuple[Tensor, Tensor]:
+    """Factors of the best approximation of a rank: ``U S`` and ``Vᵀ`` of the mixed update."""
     first = parts[0]
     exact = torch.promote_types(first.a.dtype, torch.float32)
     lefts, rights = [part.b.to(exact).flatten(1) for part in parts], [part.a.to(exact).flatten(1) for part in parts]
@@ -154,7 +157,9 @@ def _on_updates(parts: Sequence[Part], way: Combination, rank: int) -> tuple[Ten
         u, s, v = _svd_of_product(parts, lefts, rights)
     else:
         updates = [(b @ a) * part.scaling for part, b, a in zip(parts, lefts, rights, strict=True)]
+        updates = [update.t().contiguous() for update in updates] if in_first else updates
         mixed = _mixed(updates, [part.weight for part in parts], way)
+        mixed = mixed.t() if in_first else mixed
         driver = way.svd_driver if mixed.is_cuda else None
         u, s, v = torch.linalg.svd(mixed, full_matrices=False, driver=driver)
     left, right = u[:, :rank] * s[:rank], v[:rank]

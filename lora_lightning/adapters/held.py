@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -13,19 +14,26 @@ from torch import Tensor, nn
 from lora_lightning.adapters.folder import adapter_state
 from lora_lightning.adapters.peft_names import peft_names
 from lora_lightning.config import LoraConfig
+from lora_lightning.config_starts import changes_base
 from lora_lightning.errors import AdapterError
 from lora_lightning.injection import freeze_base, unload_lora
 from lora_lightning.injection.inject import inject_unfilled
 from lora_lightning.injection.matching import matches
 from lora_lightning.injection.names import canonical_modules
 from lora_lightning.injection.state import (
-    RECORD,
     Injected,
     load_lora_state,
     lora_layers,
     lora_state_dict,
     record_of,
     the_root,
+)
+
+_ORIGIN = ("seed", "bases", "base_model", "source", "awaits_data", "asked")
+"""What a record says of an adapter; the rest of it is about the model that the adapter is in."""
+_MORE = (
+    *("target_parameters", "trainable_token_indices", "ensure_weight_tying", "layer_replication"),
+    "alora_invocation_tokens",
 )
 
 
@@ -54,6 +62,13 @@ class Held:
     def config(self) -> LoraConfig:
         """What was injected."""
         return self.record.config
+
+    def more_than_layers(self) -> str | None:
+        """Which settings make it more than updates of single layers over the base as it is; None where none does."""
+        found = [f"{field}={value!r}" for field in _MORE if (value := getattr(self.config, field))]
+        if changes_base(start := self.config.init_lora_weights):
+            found.append(f"init_lora_weights={start!r} (once saved and loaded again, it is for the base as it is)")
+        return ", ".join(found) or None
 
     def by_layer(self) -> dict[str, dict[str, nn.Parameter]]:
         """The low-rank parameters by layer, in the order of the model."""
@@ -127,11 +142,21 @@ def put_in(model: nn.Module, held: Held, *, trains: bool = False) -> None:
     Raises:
         AdapterError: If the model has other layers than the adapter; it is as it was then.
     """
-    inject_unfilled(model, held.config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # told when the adapter came
+        inject_unfilled(model, held.config)
+    try:
+        _fill(model, held)
+    except BaseException:
+        unload_lora(model)
+        raise
+    let_train(model, trains)
+
+
+def _fill(model: nn.Module, held: Held) -> None:
     layers = dict(lora_layers(model))
     shapes = {_join(name, part): p.shape for name, layer in layers.items() for part, p in layer.lora_own.items()}
     if shapes != {name: p.shape for name, p in held.low.items()}:
-        unload_lora(model)
         other = [name for name in {**shapes, **held.low} if name not in shapes or name not in held.low]
         why = f": {', '.join(sorted(other)[:4])} would be only in one of them" if other else ", which have other shapes"
         raise AdapterError(f"the adapter does not fit the layers of this model{why}")
@@ -141,11 +166,10 @@ def put_in(model: nn.Module, held: Held, *, trains: bool = False) -> None:
             parameter.data = parameter.data.to(empty.device)
             setattr(layer, part, parameter)
     load_lora_state(model, lora_state_dict(model) | held.full, "the adapter")
-    _, root = the_root(model)
-    fresh = record_of(root)
-    kept = replace(held.record, trainable_before=fresh.trainable_before, statistics=fresh.statistics, still=fresh.still)
-    vars(root)[RECORD] = held.record = kept
-    let_train(model, trains)
+    fresh = record_of(the_root(model)[1])
+    for field in _ORIGIN:
+        setattr(fresh, field, getattr(held.record, field))
+    held.record = fresh
 
 
 def let_train(model: nn.Module, trains: bool) -> None:

@@ -32,25 +32,17 @@ def per_row(model: nn.Module, held: Mapping[str, Held], names: Sequence[str], be
     known = [name for name in dict.fromkeys(names) if name in held]
     rows = Rows(names, known, beams)
     for name in known:
-        if why := _why_not(held[name]):
-            raise AdapterError(f"{name} cannot be the adapter of single rows: {why}")
+        if more := held[name].more_than_layers():
+            raise AdapterError(f"{name} cannot be the adapter of single rows, as it changes more than layers: {more}")
     seated: list[nn.Module] = []
-    try:
-        for layer, twins in _twins(model, {name: held[name] for name in known}):
-            seat(layer, rows, twins)
+    twins = _twins(model, {name: held[name] for name in known})
+    with contextlib.ExitStack() as stack:
+        for layer, of_layer in twins:
+            seat(layer, rows, of_layer)
+            stack.callback(unseat, layer)
             seated.append(layer)
+        stack.enter_context(_off_the_fast_path(model, seated))
         yield rows
-    finally:
-        for layer in seated:
-            unseat(layer)
-
-
-def _why_not(held: Held) -> str | None:
-    config = held.config
-    for field in ("target_parameters", "trainable_token_indices", "alora_invocation_tokens", "layer_replication"):
-        if getattr(config, field):
-            return f"its {field} change more than the outputs of layers"
-    return None
 
 
 def _twins(model: nn.Module, held: Mapping[str, Held]) -> list[tuple[nn.Module, dict[str, nn.Module]]]:
@@ -60,6 +52,11 @@ def _twins(model: nn.Module, held: Mapping[str, Held]) -> list[tuple[nn.Module, 
     for name, adapter in held.items():
         for module, twin in _twins_of(modules, model, adapter).items():
             found.setdefault(module, {})[name] = twin
+    for name in found:
+        if any(isinstance(modules.get(each), nn.MultiheadAttention) for each in (name, name.rpartition(".")[0])):
+            raise AdapterError(
+                f"{name}: nn.MultiheadAttention reads weights and calls no layer, so that rows are one there"
+            )
     inner = [name for name in found if any(name.startswith(f"{other}.") for other in found)]
     if inner:
         raise AdapterError(
@@ -67,6 +64,25 @@ def _twins(model: nn.Module, held: Mapping[str, Held]) -> list[tuple[nn.Module, 
             "computed in one batch"
         )
     return [(modules[module], twins) for module, twins in found.items()]
+
+
+@contextlib.contextmanager
+def _off_the_fast_path(model: nn.Module, layers: list[nn.Module]) -> Iterator[None]:
+    """Let ``nn.TransformerEncoderLayer`` call its layers, whose weights it reads in eval mode else."""
+    ids = {id(layer) for layer in layers}
+    around = [
+        module
+        for _, module in canonical_modules(model)
+        if isinstance(module, nn.TransformerEncoderLayer) and any(id(part) in ids for part in module.modules())
+    ]
+    before = [module.activation_relu_or_gelu for module in around]
+    for module in around:
+        module.activation_relu_or_gelu = 0
+    try:
+        yield
+    finally:
+        for module, value in zip(around, before, strict=True):
+            module.activation_relu_or_gelu = value
 
 
 def _twins_of(modules: Mapping[str, nn.Module], model: nn.Module, held: Held) -> dict[str, nn.Module]:

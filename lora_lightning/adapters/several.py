@@ -61,6 +61,7 @@ class Adapters:
         self._offload = offload
         self._held: dict[str, Held] = {}
         self._in: _In | None = None
+        self._by_rows = False
         self._base: str | None = None  # fingerprint of the plain base, once it has been seen
         if injected_roots(self.model):
             self._free(name)
@@ -223,7 +224,11 @@ class Adapters:
             if name != BASE:
                 self._get(name)
         with self._base_model(), per_row(self.model, self._held, names, beams) as rows:
-            yield rows
+            self._by_rows = True
+            try:
+                yield rows
+            finally:
+                self._by_rows = False
 
     # ---- changing adapters
 
@@ -342,6 +347,8 @@ class Adapters:
         Raises:
             AdapterError: If that was another adapter, or another base.
         """
+        if self._by_rows:
+            raise AdapterError("the model computes rows: leave the with block of rows() before")
         roots = list(injected_roots(self.model).values())
         if roots and (self._in is None or record_of(roots[0]) is not self._in.held.record):
             raise AdapterError(

@@ -14,6 +14,7 @@ from lora_lightning.adapters.swap import groups_in
 from lora_lightning.errors import AdapterError, LoraConfigError
 from lora_lightning.injection.names import canonical_modules
 from lora_lightning.injection.state import Injected
+from lora_lightning.layers import kind_of
 
 _BIAS = "lora_B_bias"
 _OF_SUMS = ("linear", "cat", "svd")  # what gives a sum, so that biases can be summed beside it
@@ -66,9 +67,12 @@ def weighted(parts: Mapping[str, Held], weights: Mapping[str, float], way: Combi
         ]
         try:
             rank = whole or way.rank([len(part.a) for part in given])
-            made = dict(zip(("lora_A", "lora_B"), combined(given, way, rank, groups.get(layer, 1)), strict=True))
+            kind = getattr(kind_of(module), "lora_kind", None)
+            in_first = kind in ("Conv1D", "Embedding")
+            a, b = combined(given, way, rank, groups=groups.get(layer, 1), in_first=in_first)
         except LoraConfigError as error:
             raise LoraConfigError(f"{layer}: {error}") from error
+        made = {"lora_A": a, "lora_B": b}
         if any(_BIAS in each for each in own.values()):
             made[_BIAS] = _bias(given, [own[name].get(_BIAS) for name in names])
         low |= {f"{layer}.{part}": nn.Parameter(value.cpu(), requires_grad=False) for part, value in made.items()}
@@ -90,9 +94,8 @@ def _why_not(held: Held, way: Combination) -> str | None:
     config = held.config
     if config.use_dora:
         return "DoRA scales the weights as well, and a sum of such layers is not one of them. Merge them one by one"
-    for field in ("target_parameters", "trainable_token_indices", "alora_invocation_tokens"):
-        if getattr(config, field):
-            return f"what its {field} change is no update of a whole layer"
+    if more := held.more_than_layers():
+        return f"it is more than updates of layers: {more}"
     parts = {name.rpartition(".")[2] for name in held.low}
     if other := parts - {"lora_A", "lora_B", _BIAS}:
         return f"it has {', '.join(sorted(other))} beside A and B"

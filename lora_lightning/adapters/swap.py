@@ -45,6 +45,7 @@ def refill(
     Raises:
         AdapterError: If it does not fit.
     """
+    _refuse_more(held)
     path = adapter_folder(folder)
     config = read_config(model, path)
     if problems := _other_kind(held.config, config):
@@ -76,8 +77,7 @@ def make_room(held: Held, model: nn.Module, r: int) -> None:
     Raises:
         AdapterError: If its ranks are not those of a product of two matrices.
     """
-    if held.config.target_parameters:
-        raise AdapterError("an adapter with target_parameters has no room to fill up: load the largest one first")
+    _refuse_more(held)
     root, groups = model.get_submodule(held.prefix), groups_in(model)
     wanted = {held.below_root(name): (max(r, rank), scaling) for name, (rank, scaling) in held.layers.items()}
     config = explicit(held.config, wanted, root)
@@ -105,6 +105,11 @@ def _told(config: LoraConfig, held: Held, model: nn.Module) -> dict[str, tuple[i
         r = int(pattern_value(config.rank_pattern, meant, config.r))
         found[name] = (r, config.scaling(r, pattern_value(config.alpha_pattern, meant, config.lora_alpha)))
     return found
+
+
+def _refuse_more(held: Held) -> None:
+    if more := held.more_than_layers():
+        raise AdapterError(f"only updates of layers can be swapped or given room, and this adapter is more: {more}")
 
 
 def _other_kind(here: LoraConfig, there: LoraConfig) -> list[str]:

@@ -61,6 +61,7 @@ class Rows:
                 )
         self.names = tuple(names)
         self._found: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
+        self._joined: dict[tuple[int, torch.device, tuple[str, ...]], tuple[Tensor, Tensor]] = {}
 
     def of(self, x: Tensor) -> dict[str, Tensor]:
         """Numbers of the rows of ``x`` by their adapter, ``(k,)`` int64 each; none for the base.
@@ -85,6 +86,15 @@ class Rows:
             self._found[key] = {name: torch.tensor(rows, device=x.device) for name, rows in by_name.items()}
         return self._found[key]
 
+    def joined(self, x: Tensor, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+        """The rows of ``x`` that some adapters have, ``(k,)``, and the number of each one's in :attr:`known`."""
+        key = (len(x), x.device, names)
+        if key not in self._joined:
+            found = [self.of(x)[name] for name in names]
+            numbers = [torch.full_like(rows, self.known.index(name)) for name, rows in zip(names, found, strict=True)]
+            self._joined[key] = (torch.cat(found), torch.cat(numbers))
+        return self._joined[key]
+
 
 class PerRow(_Module):
     """Over a plain layer: its rows get the outputs that each one's adapter would give them.
@@ -106,11 +116,11 @@ class PerRow(_Module):
         out: Tensor = super().forward(*args, **kwargs)
         x = input_of(self, out, args, kwargs)
         mine = {name: rows for name, rows in self.lora_rows.of(x).items() if name in self.lora_twins}
-        added = {name: rows for name, rows in mine.items() if name in self.lora_stack.places}
+        added = tuple(name for name in mine if name in self.lora_stack.names)
         if added:
-            rows = torch.cat(list(added.values()))
-            out = out.index_add(0, rows, self.lora_stack.delta(x, rows, added).to(out.dtype))
-        for name in mine.keys() - added.keys():
+            rows, numbers = self.lora_rows.joined(x, added)
+            out = out.index_add(0, rows, self.lora_stack.delta(x.index_select(0, rows), numbers).to(out.dtype))
+        for name in mine.keys() - set(added):
             out = out.index_copy(0, mine[name], self._alone(name, mine[name], args, kwargs).to(out.dtype))
         return out
 
@@ -134,49 +144,48 @@ class RowStack:
     Args:
         layer: The plain layer.
         twins: It with each of the adapters.
+        known: All adapters that rows may have.
 
     Attributes:
-        places: Each adapter's place.
+        names: Those adapters that are in the stack.
         a: ``(n, R, in)``; for an embedding ``(n, in, R)``.
         b: ``(n, R, out)``, with the scale in it.
     """
 
-    def __init__(self, layer: nn.Module, twins: Mapping[str, nn.Module]) -> None:
-        layers = {name: twin for name, twin in twins.items() if _is_product(layer, twin)}
-        self.places = {name: place for place, name in enumerate(layers)}
+    def __init__(self, layer: nn.Module, twins: Mapping[str, nn.Module], known: Sequence[str]) -> None:
+        layers: dict[str, Any] = {name: twin for name, twin in twins.items() if _is_product(layer, twin)}
+        self.names = tuple(layers)
         if not layers:
             return
-        some: Any = next(iter(layers.values()))
+        some = next(iter(layers.values()))
         self._looks_up = isinstance(some, LoraOverEmbedding)
-        self._factor = getattr(some, "embed_scale", None) if self._looks_up else None
+        self._factor: Tensor | None = getattr(some, "embed_scale", None) if self._looks_up else None
         rank = max(twin.lora_A.shape[0] for twin in layers.values())
-        a = some.lora_A.new_zeros(len(layers), rank, some.lora_A.shape[1])
-        self.b = some.lora_B.new_zeros(len(layers), rank, some.lora_B.shape[0])
+        a: Tensor = some.lora_A.new_zeros(len(layers), rank, some.lora_A.shape[1])
+        self.b: Tensor = some.lora_B.new_zeros(len(layers), rank, some.lora_B.shape[0])
         with torch.no_grad():
             for place, twin in enumerate(layers.values()):
                 r = twin.lora_A.shape[0]
                 a[place, :r] = twin.lora_A
                 self.b[place, :r] = twin.lora_B.t() * twin.lora_scaling
         self.a = a.transpose(1, 2).contiguous() if self._looks_up else a
+        places = [self.names.index(name) if name in self.names else 0 for name in known]
+        self._places = torch.tensor(places, device=a.device)
 
-    def delta(self, x: Tensor, rows: Tensor, by_name: Mapping[str, Tensor]) -> Tensor:
-        """The updates of some rows: ``(n, …, in) -> (k, …, out)``, or ``(n, …)`` numbers of tokens to that.
+    def delta(self, x: Tensor, numbers: Tensor) -> Tensor:
+        """The updates of rows: ``(k, …, in) -> (k, …, out)``, or numbers of tokens, ``(k, …)``, to that.
 
         Args:
-            x: All rows.
-            rows: Which, ``(k,)``: those of each adapter after those of the one before.
-            by_name: The same by adapter.
+            x: The rows.
+            numbers: Whose each is, ``(k,)``, counted as the adapters are known.
         """
-        counts = torch.tensor([len(each) for each in by_name.values()], device=x.device)
-        order = torch.tensor([self.places[name] for name in by_name], device=x.device)
-        place = order.repeat_interleave(counts, output_size=len(rows))
-        own = x.index_select(0, rows)
+        place = self._places[numbers]
         if self._looks_up:
-            shape = own.shape
-            u = self.a[place[:, None], own.reshape(len(rows), -1)]  # (k, T, R)
+            shape = x.shape
+            u = self.a[place[:, None], x.reshape(len(x), -1)]  # (k, T, R)
         else:
-            shape = own.shape[:-1]
-            u = torch.bmm(own.reshape(len(rows), -1, own.shape[-1]), self.a[place].to(own.dtype).transpose(1, 2))
+            shape = x.shape[:-1]
+            u = torch.bmm(x.reshape(len(x), -1, x.shape[-1]), self.a[place].to(x.dtype).transpose(1, 2))
         out = torch.bmm(u, self.b[place].to(u.dtype)).view(*shape, -1)
         return out if self._factor is None else out * self._factor
 
@@ -206,7 +215,7 @@ def seat(layer: nn.Module, rows: Rows, twins: Mapping[str, nn.Module]) -> None:
     """Let a plain layer compute each row with an adapter of its own."""
     with detached_hook(layer):
         layer.__class__ = made_class(PerRow, type(layer))  # type: ignore[assignment]
-        vars(layer).update(lora_rows=rows, lora_twins=dict(twins), lora_stack=RowStack(layer, twins))
+        vars(layer).update(lora_rows=rows, lora_twins=dict(twins), lora_stack=RowStack(layer, twins, rows.known))
 
 
 def unseat(layer: nn.Module) -> None:

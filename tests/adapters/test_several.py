@@ -311,7 +311,7 @@ def test_swapping_changes_values_and_compiles_nothing_anew(llama, tokens, folder
                 torch.testing.assert_close(compiled(tokens).logits, others[name][1], atol=1e-5, rtol=1e-5)
             adapters.swap("slot", folders["math"][0])
             torch.testing.assert_close(compiled(tokens).logits, folders["math"][1], atol=1e-5, rtol=1e-5)
-    assert all(now is parameters[name] for name, now in lora_state_dict(llama).items())
+    assert all(now.data_ptr() == parameters[name].data_ptr() for name, now in lora_state_dict(llama).items())
     saved = save_adapter(llama, tmp_path / "again")
     unload_lora(llama)
     load_adapter(llama, saved)
@@ -320,6 +320,7 @@ def test_swapping_changes_values_and_compiles_nothing_anew(llama, tokens, folder
 
 def test_swapping_heads_dora_and_what_is_not_in_the_model(llama, tokens, folders, adapters, tmp_path):
     for name in ("dora", "head"):
+        adapters.disable()
         model = copy.deepcopy(llama)
         load_adapter(model, folders[name][0], trainable=True)
         with torch.no_grad():
@@ -346,7 +347,7 @@ def test_what_does_not_fit_is_not_swapped(llama, tokens, folders, adapters, tmp_
             adapters.swap("math", folders["chat"][0])
         with pytest.raises(AdapterError, match="use_dora: True in place, False in the folder"):
             adapters.swap("dora", folders["math"][0])
-        with pytest.raises(AdapterError, match="lacks what the adapter in place trains in full: lm_head"):
+        with pytest.raises(AdapterError, match=r"lacks what the adapter in place trains in full: .*lm_head"):
             adapters.swap("head", narrow)
         assert torch.equal(llama(tokens).logits, folders[active][1])
     adapters.set("math", "chat")
@@ -408,5 +409,5 @@ def test_prediction_with_a_trainer(llama, tokens, folders):
     trainer = L.Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
     for name in ("math", "chat", "math"):
         adapters.set(name)
-        (logits,) = trainer.predict(module, [tokens])
+        (logits,) = trainer.predict(module, torch.utils.data.DataLoader(tokens, batch_size=2))
         torch.testing.assert_close(logits, folders[name][1], atol=1e-6, rtol=1e-5)
