@@ -26,7 +26,6 @@ from lora_lightning.errors import LoraConfigError
 from lora_lightning.injection import LoraReport, freeze_rest, lora_parameters, report_of
 from lora_lightning.injection.inject import default_seed, inject_ahead
 from lora_lightning.injection.state import (
-    BIASES,
     Injected,
     adapter_tensors,
     freeze_statistics,
@@ -237,7 +236,7 @@ class LoraCallback(pl.Callback):
             asleep += not layer.training
             layer.training = True
         for _, module, originals in trained_in_full(target):
-            if not set(originals) <= set(BIASES):  # of a layer whose bias alone trains, the rest stays as it was
+            if list(originals) != ["bias"]:  # of a layer whose bias alone trains, the rest stays as it was
                 module.training = True
         if asleep and any(layer.lora_dropout for _, layer in lora_layers(target)):
             rank_zero_info(

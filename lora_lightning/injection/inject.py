@@ -29,7 +29,6 @@ from lora_lightning.injection.replicate import replicate_layers, taken_back_on_e
 from lora_lightning.injection.report import LoraReport, LoraRow
 from lora_lightning.injection.starts.hindrances import refuse_starts
 from lora_lightning.injection.state import (
-    BIASES,
     ORIGINALS,
     RECORD,
     Injected,
@@ -199,8 +198,7 @@ def report_of(model: nn.Module, heads: tuple[str, ...] = (), whole: nn.Module | 
         own = [p for local, p in module.named_parameters(recurse=False) if local in originals]
         if own:
             kind = "tokens" if isinstance(module, TokenRows) else "in full"
-            of_weight = {"weight", "in_proj_weight"} & module._parameters.keys()
-            kind = "bias" if of_weight and set(originals) <= set(BIASES) else kind
+            kind = "bias" if list(originals) == ["bias"] and "weight" in module._parameters else kind
             count = sum(p.numel() for p in own)
             rows.append(LoraRow(name.removeprefix(prefix), kind, tuple(own[0].shape[::-1]), 0, 0.0, count))
     sizes = [(_numel(p), p.requires_grad) for p in parameters_of(whole or model)]
@@ -229,10 +227,10 @@ def _mark_biases(root: nn.Module, config: LoraConfig) -> None:
     if config.bias == "none":
         return
     for _, module in canonical_modules(root):
-        wanted = BIASES if config.bias == "all" else BIASES[:1] if isinstance(module, LoraLayer) else ()
-        biases = [name for name in wanted if isinstance(module._parameters.get(name), nn.Parameter)]
-        if biases and ORIGINALS not in vars(module):
-            copy_originals(module, biases)
+        wanted = config.bias == "all" or isinstance(module, LoraLayer)
+        has_bias = isinstance(module._parameters.get("bias"), nn.Parameter)
+        if wanted and has_bias and ORIGINALS not in vars(module):
+            copy_originals(module, ["bias"])
 
 
 def _numel(parameter: nn.Parameter) -> int:

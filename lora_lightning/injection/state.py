@@ -20,8 +20,6 @@ from lora_lightning.layers import LoraLayer, is_quantised
 
 RECORD = "_lora_injected"
 ORIGINALS = "_lora_originals"
-BIASES = ("bias", "in_proj_bias", "bias_k", "bias_v")
-"""What ``bias="all"`` lets train in a module; the others are those of ``nn.MultiheadAttention``."""
 
 
 @dataclass
