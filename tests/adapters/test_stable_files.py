@@ -20,19 +20,18 @@ from lora_lightning.injection.state import injected_roots
 
 SCRIPT = """
 import sys
-from transformers import LlamaConfig, LlamaForCausalLM
 import torch
+from torch import nn
 from lora_lightning import LoraConfig, inject_lora, save_adapter
 torch.manual_seed(0)
-model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-                                     num_attention_heads=2, num_key_value_heads=2))
+block = lambda: nn.ModuleDict({f"{name}_proj": nn.Linear(8, 8) for name in ("q", "k", "v", "o", "up", "down")})
+model = nn.ModuleDict({"layers": nn.ModuleList([block(), block()]), "norm": nn.LayerNorm(8), "head": nn.Linear(8, 9)})
 config = LoraConfig(
     r=2,
     target_modules={"q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"},
-    exclude_modules={"layers.1.mlp.up_proj", "layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"},
-    modules_to_save={"lm_head", "norm"},
+    exclude_modules={"layers.1.up_proj", "layers.1.o_proj", "layers.0.q_proj"},
+    modules_to_save={"head", "norm"},
     rank_pattern={"v_proj": 3, "k_proj": 1},
-    bias="none",
 )
 inject_lora(model, config, seed=5)
 save_adapter(model, sys.argv[1])

@@ -75,7 +75,7 @@ CASES = [
     ("gemma3", {"target_modules": ["embed_tokens", "v_proj"], "rank_pattern": {"embed_tokens": 3}}),
     ("gemma3", {"target_modules": r".*(up|down)_proj", "exclude_modules": r".*layers\.2\..*"}),
     ("gemma3", {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": ["blocks", "layers"]}),
-    ("mixtral", {"target_modules": "all-linear"}),
+    ("mixtral", {"target_modules": r".*\.self_attn\.\w_proj"}),
     ("mixtral", {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "layers_to_transform": [0]}),
     ("mixtral", {"target_modules": r".*self_attn\.(q|o)_proj", "alpha_pattern": {"o_proj": 2}}),
     ("gpt2", {"target_modules": "all-linear"}),
@@ -91,7 +91,7 @@ CASES = [
     ("bert", {"target_modules": ["attention.output.dense", "word_embeddings"]}),
     ("bert", {"target_modules": r".*encoder\.layer\.[12]\.attention\.self\.(query|key)"}),
     ("bert", {"target_modules": ["key"], "layers_to_transform": [2], "layers_pattern": "layer"}),
-    ("bert_tokens", {"target_modules": "all-linear", "task_type": "TOKEN_CLS"}),
+    ("bert_tokens", {"target_modules": "all-linear", "task_type": "TOKEN_CLS", "exclude_modules": ["classifier"]}),
     ("bert_tokens", {"target_modules": ["query"], "task_type": "TOKEN_CLS", "exclude_modules": [r"layer.0"]}),
     ("t5", {"target_modules": "all-linear"}),
     ("t5", {"target_modules": ["q", "v"]}),
@@ -156,6 +156,20 @@ def theirs_of(model, fields):
     }
     adapted.unload()
     return found
+
+
+def test_all_linear_means_linear_layers_in_a_mixture_too(models):
+    """PEFT adapts experts and router as well, since they were linear layers before transformers 5; we ask for names."""
+    ours, theirs = models("mixtral")
+    found, more = (of(model, {"target_modules": "all-linear"}) for of, model in ((ours_of, ours), (theirs_of, theirs)))
+    assert found == {name: value for name, value in more.items() if ".mlp." not in name}
+    assert {name.rpartition("mlp.")[2] for name in more.keys() - found.keys()} >= {"experts", "gate"}
+
+
+def test_a_head_that_the_task_trains_in_full_is_no_target(models):
+    """PEFT would adapt it too, and fails."""
+    ours, _ = models("bert_tokens")
+    assert "classifier" not in ours_of(ours, {"target_modules": "all-linear", "task_type": "TOKEN_CLS"})
 
 
 def test_there_are_enough_cases():
