@@ -50,7 +50,7 @@ from lora_lightning.strategies.first_data import awaits_data, before_setup, begi
 from lora_lightning.strategies.nonfinite import NonFiniteError
 from lora_lightning.strategies.position import attach_position, resume_position
 from lora_lightning.strategies.products import local_folder, write_adapter, write_best
-from lora_lightning.strategies.replaced import check_there, convert_first, keep_marks
+from lora_lightning.strategies.replaced import check_there, convert_first, keep_marks, own_linear
 from lora_lightning.strategies.unfreezing import count_held, freeze_again
 from lora_lightning.strategies.window import is_full
 
@@ -399,7 +399,8 @@ def _setup(callback: LoraCallback, inject: bool, pl_module: pl.LightningModule, 
 
 def _configure_model(callback: LoraCallback, pl_module: pl.LightningModule, call: Callable[[], None]) -> None:
     call()
-    callback._inject(pl_module.trainer, pl_module)
+    with own_linear():
+        callback._inject(pl_module.trainer, pl_module)
     # Taken off at once: a strategy that demands an overridden configure_model is to see the module's own.
     hooks.unwrap(pl_module, "configure_model")
 

@@ -66,7 +66,7 @@ class LoraQuantised(LoraOverLinear):
 
     @property
     def support_avx512bf16_for_cpu(self) -> bool:
-        """Asked by bitsandbytes before it lays the weight out anew for inference with rounded scales: the base stays."""
+        """Asked by bitsandbytes before it lays a weight out anew for inference, scales rounded: the base stays."""
         return False
 
     def lora_base_output(self, x: Tensor) -> Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 
 import lightning.pytorch as pl
 from lightning.pytorch.plugins import DeepSpeedPrecision, DoublePrecision, FSDPPrecision, HalfPrecision, Precision
 from lightning.pytorch.strategies import Strategy
 from torch import nn
+from torch.nn.modules import linear
 
 from lora_lightning.errors import LoraConfigError
 from lora_lightning.layers.bits import bits_of, is_quantised
@@ -29,6 +31,20 @@ def convert_first(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             # bitsandbytes quantises on the way to the device. What is noted of the base is to be of what is trained on.
             if is_quantised(layer) and bits_of(layer) is None:
                 layer.to(trainer.strategy.root_device)
+
+
+@contextlib.contextmanager
+def own_linear() -> Iterator[None]:
+    """``torch.nn.Linear`` is torch's own inside the ``with`` block.
+
+    While a LightningModule's ``configure_model`` runs, a plugin that quantises puts a class of its own under that name.
+    """
+    shown = nn.Linear
+    nn.Linear = linear.Linear  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        nn.Linear = shown  # type: ignore[misc]
 
 
 def keep_marks(strategy: Strategy) -> None:
