@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lora_lightning.errors import LoraConfigError
@@ -72,9 +73,15 @@ def adamw_8bit(
         paged: Let moments move to main memory where the device's is short.
 
     Raises:
-        LoraConfigError: If the package is not installed.
+        LoraConfigError: If the package is not installed, or parameters are spread over processes, which it cannot step.
     """
     package = _package("bitsandbytes", "optimizer=adamw_8bit")
+    params = list(params)
+    if any(isinstance(p, DTensor) for each in params for p in (each["params"] if isinstance(each, dict) else [each])):
+        raise LoraConfigError(
+            "bitsandbytes cannot step parameters that FSDP2 or tensor parallel spreads over processes: take "
+            "optimizer=adamw, or strategy='ddp' or 'fsdp', which leave adapters whole"
+        )
     kind = package.optim.PagedAdamW8bit if paged else package.optim.AdamW8bit
     return kind(params, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay)
 

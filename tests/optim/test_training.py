@@ -109,11 +109,13 @@ import sys
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+import pytest
 
 torch.set_num_threads(1)
 from tests.optim.test_training import CONFIG, MAKE, Module, fit, rows
-from lora_lightning import LoraConfig, inject_lora, lora_parameters, lora_state_dict
+from lora_lightning.optim import adamw_8bit
+from lora_lightning import LoraConfig, LoraConfigError, inject_lora, lora_parameters, lora_state_dict
 from lora_lightning.injection.tensors import whole
 
 rank, out = int(os.environ["RANK"]), sys.argv[1]
@@ -125,6 +127,10 @@ for name, make in MAKE.items():
     torch.save(lora_state_dict(module), f"{out}/{name}{rank}.pt")
 
 mesh = init_device_mesh("cpu", (2,))
+spread = [distribute_tensor(torch.ones(4, 4), mesh)]
+for params in (spread, [{"params": spread}]):
+    with pytest.raises(LoraConfigError, match="spreads over processes"):
+        adamw_8bit(params)
 for name, make in MAKE.items():
     results = []
     for spread in (False, True):
