@@ -20,7 +20,8 @@ from hydra_plugins.lora_lightning import alpha_for_rank, learning_rate_for_scale
 from lora_lightning import LoraConfig, inject_lora
 
 PRESETS = Path(lora_lightning.__file__).parent / "presets" / "lora"
-NAMES = ["balanced", "conservative", "dora", "high_capacity"]
+STARTS = ["corda", "eva", "lora_ga", "mica", "olora", "pissa"]
+NAMES = sorted(["balanced", "conservative", "dora", "high_capacity", "qlora", *STARTS])
 ROOT = Path(lora_lightning.__file__).parents[1]
 
 
@@ -49,6 +50,13 @@ def test_the_presets_are_the_patterns_of_the_field(composed, name, r, alpha, sca
     assert (config.r, config.lora_alpha, config.lora_dropout, config.use_rslora) == (r, alpha, dropout, rslora)
     assert config.scaling() == scale
     assert config.use_dora == (name == "dora")
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_a_start_has_its_preset(composed, name):
+    config = LoraConfig.from_dict(composed(f"lora={name}").lora)
+    assert config.init_lora_weights == name
+    assert config.lora_dropout == 0  # else outputs do not begin as they were
 
 
 @pytest.mark.parametrize("name", NAMES)
