@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.held import Held
 from lora_lightning.errors import AdapterError
+from lora_lightning.injection.fast_paths import leave_fast_paths, take_fast_paths
 from lora_lightning.injection.names import canonical_modules
 from lora_lightning.injection.targets import resolve
 from lora_lightning.layers import adapt
-from lora_lightning.layers.per_row import Rows, seat, twin_of, unseat
+from lora_lightning.layers.per_row import PerRow, Rows, seat, twin_of, unseat
 
 
 @contextlib.contextmanager
@@ -34,14 +35,13 @@ def per_row(model: nn.Module, held: Mapping[str, Held], names: Sequence[str], be
     for name in known:
         if more := held[name].more_than_layers():
             raise AdapterError(f"{name} cannot be the adapter of single rows, as it changes more than layers: {more}")
-    seated: list[nn.Module] = []
     twins = _twins(model, {name: held[name] for name in known})
     with contextlib.ExitStack() as stack:
         for layer, of_layer in twins:
             seat(layer, rows, of_layer)
             stack.callback(unseat, layer)
-            seated.append(layer)
-        stack.enter_context(_off_the_fast_path(model, seated))
+        stack.callback(take_fast_paths, model)
+        leave_fast_paths(model, PerRow)
         yield rows
 
 
@@ -64,25 +64,6 @@ def _twins(model: nn.Module, held: Mapping[str, Held]) -> list[tuple[nn.Module, 
             "computed in one batch"
         )
     return [(modules[module], twins) for module, twins in found.items()]
-
-
-@contextlib.contextmanager
-def _off_the_fast_path(model: nn.Module, layers: list[nn.Module]) -> Iterator[None]:
-    """Let ``nn.TransformerEncoderLayer`` call its layers, whose weights it reads in eval mode else."""
-    ids = {id(layer) for layer in layers}
-    around = [
-        module
-        for _, module in canonical_modules(model)
-        if isinstance(module, nn.TransformerEncoderLayer) and any(id(part) in ids for part in module.modules())
-    ]
-    before = [module.activation_relu_or_gelu for module in around]
-    for module in around:
-        module.activation_relu_or_gelu = 0
-    try:
-        yield
-    finally:
-        for module, value in zip(around, before, strict=True):
-            module.activation_relu_or_gelu = value
 
 
 def _twins_of(modules: Mapping[str, nn.Module], model: nn.Module, held: Held) -> dict[str, nn.Module]:

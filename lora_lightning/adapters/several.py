@@ -10,24 +10,23 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
 from lora_lightning.adapters.combine import Combination
-from lora_lightning.adapters.fingerprint import fingerprint
 from lora_lightning.adapters.folder import load_adapter, save_adapter
-from lora_lightning.adapters.held import Held, held_in, let_train, put_in, take_out
+from lora_lightning.adapters.held import Held, put_in
 from lora_lightning.adapters.hub import CONFIG_FILE
 from lora_lightning.adapters.per_row import per_row
-from lora_lightning.adapters.summed import summed, weighted
+from lora_lightning.adapters.place import Place
+from lora_lightning.adapters.summed import weighted
 from lora_lightning.adapters.swap import make_room, refill
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import AdapterError, did_you_mean
 from lora_lightning.injection import LoraReport, inject_lora, report_of
-from lora_lightning.injection.names import find_root, unwrap
-from lora_lightning.injection.state import injected_roots, lora_state_dict, record_of
+from lora_lightning.injection.names import unwrap
+from lora_lightning.injection.state import injected_roots, lora_state_dict
 from lora_lightning.layers.per_row import BASE, Rows
 
 DEFAULT = "default"
@@ -58,17 +57,11 @@ class Adapters:
 
     def __init__(self, model: nn.Module, *, name: str = DEFAULT, offload: bool = True) -> None:
         self.model = unwrap(model)
-        self._offload = offload
         self._held: dict[str, Held] = {}
-        self._in: _In | None = None
-        self._by_rows = False
-        self._base: str | None = None  # fingerprint of the plain base, once it has been seen
+        self._place = Place(self.model, self._held, offload)
         if injected_roots(self.model):
             self._free(name)
-            held = self._held[name] = held_in(self.model)
-            self._in = _In((name,), held, trains=False)  # looked at when it is taken out
-        else:
-            self._base = fingerprint(find_root(self.model)[1])
+            self._place.adopt(name)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -78,7 +71,7 @@ class Adapters:
     @property
     def active(self) -> tuple[str, ...]:
         """Those that are in the model."""
-        return self._in.names if self._in is not None and injected_roots(self.model) else ()
+        return self._place.names
 
     def __contains__(self, name: object) -> bool:
         """Whether there is an adapter of that name."""
@@ -110,9 +103,9 @@ class Adapters:
             LoraConfigError: If the config does not fit; all is as it was then.
         """
         self._free(name)
-        with self._base_model():
+        with self._place.emptied():
             report = inject_lora(self.model, config, seed=seed)
-            self._held[name] = take_out(self.model, offload=self._offload)
+            self._held[name] = self._place.take_out_new()
         self.train(name)
         return report
 
@@ -128,9 +121,9 @@ class Adapters:
             AdapterError: If it does not fit; all is as it was then.
         """
         self._free(name)
-        with self._base_model():
+        with self._place.emptied():
             report = load_adapter(self.model, folder)
-            held = take_out(self.model, offload=self._offload)
+            held = self._place.take_out_new()
             if room is not None:
                 make_room(held, self.model, room)
             self._held[name] = held
@@ -170,21 +163,21 @@ class Adapters:
             Their folders.
         """
         written = []
-        with self._base_model():
+        with self._place.emptied():
             for name in self.names if names is None else names:
                 put_in(self.model, self._get(name))
                 try:
                     place = Path(folder) if name == DEFAULT else Path(folder) / name
                     written.append(save_adapter(self.model, place, overwrite=overwrite))
                 finally:
-                    self._held[name] = take_out(self.model, offload=self._offload)
+                    self._held[name] = self._place.take_out_new()
         return written
 
     def delete(self, name: str) -> None:
         """Let an adapter go; where it was one of those in the model, the others stay."""
         self._get(name)
         if name in self.active:
-            self._change(tuple(other for other in self.active if other != name))
+            self._place.change(tuple(other for other in self.active if other != name))
         del self._held[name]
 
     # ---- which are in the model
@@ -195,15 +188,18 @@ class Adapters:
         Raises:
             AdapterError: If there is no such adapter, or their sum is no adapter (DoRA, two trained heads).
         """
-        self._change(names)
+        for name in names:
+            self._get(name)
+        self._place.change(names)
 
     def train(self, name: str) -> None:
         """Have one adapter in the model and let it train: its parameters are those of :func:`lora_parameters`."""
-        self._change((name,), trains=True)
+        self._get(name)
+        self._place.change((name,), trains=True)
 
     def disable(self) -> None:
         """Have none in the model: the base, as :func:`unload_lora` leaves it."""
-        self._change(())
+        self._place.change(())
 
     def report(self) -> LoraReport:
         """What is in the model."""
@@ -223,12 +219,8 @@ class Adapters:
         for name in () if isinstance(names, str) else names:
             if name != BASE:
                 self._get(name)
-        with self._base_model(), per_row(self.model, self._held, names, beams) as rows:
-            self._by_rows = True
-            try:
-                yield rows
-            finally:
-                self._by_rows = False
+        with self._place.lent(), per_row(self.model, self._held, names, beams) as rows:
+            yield rows
 
     # ---- changing adapters
 
@@ -277,7 +269,7 @@ class Adapters:
         self._free(name)
         parts = {each: self._get(each) for each in weights}
         way = Combination(how, density, majority_sign_method, svd_rank, svd_clamp, svd_driver)
-        with self._base_model():
+        with self._place.emptied():
             self._held[name] = weighted(parts, weights, way, self.model)
 
     # ---- what this is made of
@@ -295,79 +287,3 @@ class Adapters:
             raise AdapterError(
                 f"an adapter's name is a folder's name too: letters, digits and . _ - + =, not {BASE!r}; got {name!r}"
             )
-
-    def _change(self, names: tuple[str, ...], *, trains: bool = False) -> None:
-        held = [self._get(name) for name in names]
-        if len(set(names)) < len(names):
-            raise AdapterError(f"each adapter is in the sum once, got {', '.join(names)}")
-        self._settle()
-        if self._in is not None and self._in.names == names:
-            let_train(self.model, trains)
-            return
-        new = None
-        if names:
-            together = held[0] if len(names) == 1 else summed(dict(zip(names, held, strict=True)), self.model)
-            new = _In(names, together, trains)
-        before = self._take_out()
-        try:
-            self._put_in(new)
-        except Exception:
-            self._put_in(before)
-            raise
-
-    @contextlib.contextmanager
-    def _base_model(self) -> Iterator[None]:
-        """The plain base inside the ``with`` block; what was in it is in it again afterwards."""
-        self._settle()
-        before = self._take_out(offload=False)
-        try:
-            yield
-        finally:
-            self._put_in(before)
-
-    def _take_out(self, *, offload: bool | None = None) -> _In | None:
-        now, self._in = self._in, None
-        if now is None:
-            return None
-        now.trains = any(parameter.requires_grad for parameter in now.held.low.values())
-        now.held = take_out(self.model, offload=self._offload if offload is None else offload)
-        if len(now.names) == 1:
-            self._held[now.names[0]] = now.held
-        self._base = self._base or fingerprint(find_root(self.model)[1])
-        return now
-
-    def _put_in(self, now: _In | None) -> None:
-        if now is not None:
-            put_in(self.model, now.held, trains=now.trains)
-        self._in = now
-
-    def _settle(self) -> None:
-        """Notice what others have done to the model meanwhile.
-
-        Raises:
-            AdapterError: If that was another adapter, or another base.
-        """
-        if self._by_rows:
-            raise AdapterError("the model computes rows: leave the with block of rows() before")
-        roots = list(injected_roots(self.model).values())
-        if roots and (self._in is None or record_of(roots[0]) is not self._in.held.record):
-            raise AdapterError(
-                "the model has an adapter that none of these adapters is: unload_lora(model) first, or save it and "
-                "load(name, folder)"
-            )
-        if self._in is not None and not roots:
-            self._in = None
-            if self._base is not None and fingerprint(find_root(self.model)[1]) != self._base:
-                raise AdapterError(
-                    "the base is another one than these adapters were made for, since one was merged into it: make "
-                    "Adapters(model) anew and load those that fit the merged model"
-                )
-
-
-@dataclass
-class _In:
-    """What is in the model: which adapters, them as one, and whether it trains."""
-
-    names: tuple[str, ...]
-    held: Held
-    trains: bool

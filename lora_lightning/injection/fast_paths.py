@@ -15,13 +15,13 @@ _SWITCHES: tuple[tuple[type[nn.Module], str, object], ...] = (
 )
 
 
-def leave_fast_paths(root: nn.Module) -> None:
-    """Make ``nn.TransformerEncoder`` and its layers call their parts, where these are adapted."""
+def leave_fast_paths(root: nn.Module, adapted: type = LoraLayer) -> None:
+    """Make ``nn.TransformerEncoder`` and its layers call their parts, where these are adapted (of that class)."""
     for _, module in canonical_modules(root):
         for kind, switch, off in _SWITCHES:
             if not isinstance(module, kind) or _KEPT in vars(module) or switch not in vars(module):
                 continue
-            if any(isinstance(part, LoraLayer) for part in module.modules()):
+            if any(isinstance(part, adapted) for part in module.modules()):
                 vars(module)[_KEPT] = vars(module)[switch]
                 vars(module)[switch] = off
 

@@ -1,0 +1,136 @@
+"""The place in a model's layers, which one adapter has at a time, or the sum of several, or none."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from lora_lightning.adapters.fingerprint import fingerprint
+from lora_lightning.adapters.held import Held, held_in, let_train, put_in, take_out
+from lora_lightning.adapters.summed import summed
+from lora_lightning.errors import AdapterError
+from lora_lightning.injection.names import find_root
+from lora_lightning.injection.state import injected_roots, record_of
+
+
+@dataclass
+class _Inside:
+    """What is in the model: which adapters, them as one, and whether it trains."""
+
+    names: tuple[str, ...]
+    held: Held
+    trains: bool
+
+
+class Place:
+    """What is in a model of the adapters beside it.
+
+    Args:
+        model: The model.
+        held: The adapters by name, kept up to date with what comes out of the model.
+        offload: Move to the CPU what comes out to stay out.
+    """
+
+    def __init__(self, model: nn.Module, held: dict[str, Held], offload: bool) -> None:
+        self.model = model
+        self._held = held
+        self._offload = offload
+        self._inside: _Inside | None = None
+        self._lent = False
+        # That of the plain base, once it has been seen.
+        self._base = None if injected_roots(model) else fingerprint(find_root(model)[1])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters that are in the model."""
+        return self._inside.names if self._inside is not None and injected_roots(self.model) else ()
+
+    def adopt(self, name: str) -> None:
+        """Give the adapter that is in the model already a name."""
+        held = self._held[name] = held_in(self.model)
+        self._inside = _Inside((name,), held, trains=False)  # looked at when it is taken out
+
+    def change(self, names: tuple[str, ...], *, trains: bool = False) -> None:
+        """Have these in the model and no others; all or nothing."""
+        if len(set(names)) < len(names):
+            raise AdapterError(f"each adapter is in the sum once, got {', '.join(names)}")
+        self._settle()
+        if self._inside is not None and self._inside.names == names:
+            let_train(self.model, trains)
+            return
+        before = self._take_out(self._offload)
+        try:
+            held = {name: self._held[name] for name in names}
+            if names:
+                together = held[names[0]] if len(names) == 1 else summed(held, self.model)
+                self._put_in(_Inside(names, together, trains))
+        except BaseException:
+            self._put_in(before)
+            raise
+
+    @contextlib.contextmanager
+    def emptied(self) -> Iterator[None]:
+        """The plain base inside the ``with`` block; what was in it is in it again afterwards."""
+        self._settle()
+        before = self._take_out(offload=False)
+        try:
+            yield
+        finally:
+            self._put_in(before)
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """The same, and nothing may be put in meanwhile."""
+        with self.emptied():
+            self._lent = True
+            try:
+                yield
+            finally:
+                self._lent = False
+
+    def take_out_new(self) -> Held:
+        """The adapter that somebody has put into the emptied model."""
+        return take_out(self.model, offload=self._offload)
+
+    def _take_out(self, offload: bool) -> _Inside | None:
+        now, self._inside = self._inside, None
+        if now is None:
+            return None
+        now.trains = any(parameter.requires_grad for parameter in now.held.low.values())
+        now.held = take_out(self.model, offload=offload)
+        if len(now.names) == 1:
+            self._held[now.names[0]] = now.held
+        self._base = self._base or fingerprint(find_root(self.model)[1])
+        return now
+
+    def _put_in(self, now: _Inside | None) -> None:
+        if now is not None:
+            if len(now.names) == 1:
+                now.held = self._held[now.names[0]]
+            put_in(self.model, now.held, trains=now.trains)
+        self._inside = now
+
+    def _settle(self) -> None:
+        """Notice what others have done to the model meanwhile.
+
+        Raises:
+            AdapterError: If that was another adapter, or another base.
+        """
+        if self._lent:
+            raise AdapterError("the model computes rows: leave the with block of rows() before")
+        roots = list(injected_roots(self.model).values())
+        if roots and (self._inside is None or record_of(roots[0]) is not self._inside.held.record):
+            raise AdapterError(
+                "the model has an adapter that none of these adapters is: unload_lora(model) first, or save it and "
+                "load(name, folder)"
+            )
+        if self._inside is not None and not roots:
+            self._inside = None
+            if self._base is not None and fingerprint(find_root(self.model)[1]) != self._base:
+                raise AdapterError(
+                    "the base is another one than these adapters were made for, since one was merged into it: make "
+                    "Adapters(model) anew and load those that fit the merged model"
+                )
