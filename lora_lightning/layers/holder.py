@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lora_lightning.layers.made import made_class, plain_class
@@ -45,9 +46,23 @@ class LoraHolder(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module's own class makes of its input, over the changed parameters."""
+        if torch.compiler.is_compiling():
+            return self._traced(*args, **kwargs)
         recipes: list[Recomputed] = []
         with showing(_values(self, recipes)), recomputing(recipes):
             return super().forward(*args, **kwargs)
+
+    def _traced(self, *args: Any, **kwargs: Any) -> Any:
+        """The same in a graph, which knows no locks and has a say of its own in what is kept for backward."""
+        own, names = vars(self), [part.lora_parameter for part in parts_of(self) if part.lora_enabled]
+        for part in parts_of(self):
+            if part.lora_enabled:
+                own[part.lora_parameter] = part.lora_value(getattr(self, part.lora_parameter))
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            for name in names:
+                own.pop(name)
 
 
 def _values(holder: nn.Module, recipes: list[Recomputed]) -> Iterator[Shown]:
