@@ -21,7 +21,8 @@ def activate(root: nn.Module, tokens: Sequence[int]) -> None:
     if invocation is None:
         invocation = Invocation(tokens)
         for _, module in canonical_modules(root):
-            if module is root or _takes_tokens(type(module)):  # a backbone may be called without its head
+            kind: type = type(module)
+            if module is root or _takes_tokens(kind):  # a backbone may be called without its head
                 module.register_forward_pre_hook(invocation.before, with_kwargs=True)
                 module.register_forward_hook(invocation.after, with_kwargs=True, always_call=True)
     for _, layer in canonical_modules(root):
@@ -49,7 +50,7 @@ def _held(module: nn.Module) -> Invocation | None:
 
 
 @functools.cache
-def _takes_tokens(kind: type[nn.Module]) -> bool:
+def _takes_tokens(kind: type) -> bool:
     try:
         return "input_ids" in inspect.signature(kind.forward).parameters
     except (TypeError, ValueError):
