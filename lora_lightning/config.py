@@ -52,6 +52,7 @@ class LoraConfig:
             and in ``nn.MultiheadAttention``.
         target_modules: ``"all-linear"`` (every linear layer but the output head), a regular expression that must match
             a whole module name, or a list of names, each matching that module or any whose name ends in ``.name``.
+            Convolutions and ``nn.MultiheadAttention`` are adapted where they are named.
         exclude_modules: Modules to leave out, written like ``target_modules`` (regular expression or list).
         modules_to_save: Names of modules that are trained in full and saved with the adapter.
         bias: Which biases train: ``"none"``, ``"all"`` of the model, or those of adapted layers (``"lora_only"``).
@@ -70,7 +71,8 @@ class LoraConfig:
             ``"mica"``, or from what the data shows: ``"eva"``, ``"corda"``, ``"lora_ga"``. Of these ``"pissa"``,
             ``"olora"``, ``"loftq"``, ``"corda"`` and ``"lora_ga"`` change the base's weights, which
             :func:`unload_lora` puts back: they take their size once more in the machine's memory.
-        lora_bias: Give ``B`` a bias that trains.
+        lora_bias: Give ``B`` a bias that trains, in linear layers and convolutions. It can be merged where the base has
+            a bias.
         target_parameters: Names of parameters, 2-D or 3-D, that are adapted where no layer of their own holds them: the
             experts of a mixture. Written as a list of ``target_modules``.
         trainable_token_indices: Rows of the input embedding that train: their numbers, or a mapping from the name of an

@@ -64,4 +64,4 @@ def _some(names: list[str], most: int = 3) -> str:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=6)  # of inject_lora's caller
+    warnings.warn(message, stacklevel=7)  # of inject_lora's caller

@@ -101,6 +101,7 @@ def resolve(root: nn.Module, config: LoraConfig, outside: nn.Module | None = Non
         for meant in [meant_by(name, chosen)]
     ]
     _warn_wide(targets)
+    _warn_bare(targets, config)
     return Plan(targets, in_full, parameters, tokens, followers)
 
 
@@ -271,6 +272,15 @@ def _warn_wide(targets: list[Target]) -> None:
     if wide:
         warnings.warn(
             f"rank larger than the layer's smaller side, which adds parameters and no capacity: {_some(wide)}",
+            stacklevel=5,
+        )
+
+
+def _warn_bare(targets: list[Target], config: LoraConfig) -> None:
+    bare = [target.name for target in targets if getattr(target.layer, "bias", None) is None]
+    if config.lora_bias and bare:
+        warnings.warn(
+            f"lora_bias=True, and there is no bias in the base that it could be merged into: {_some(bare)}",
             stacklevel=5,
         )
 

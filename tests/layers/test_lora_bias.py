@@ -181,6 +181,11 @@ def test_peft_s_refusals_of_settings(fields, message):
         peft.LoraConfig(lora_bias=True, **fields)
 
 
+def test_a_base_without_a_bias_is_told_when_the_adapter_is_made():
+    with pytest.warns(UserWarning, match=r"no bias in the base that it could be merged into: 0$"):
+        inject_lora(nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4)), LoraConfig(r=2, lora_bias=True))
+
+
 def test_embeddings_are_refused():
     model = nn.Sequential(nn.Embedding(5, 4))
     with pytest.raises(LoraConfigError, match="lora_bias does not go with a layer of class Embedding"):
