@@ -53,12 +53,15 @@ def weighted(parts: Mapping[str, Held], weights: Mapping[str, float], way: Combi
     groups = groups_in(model)
     by_layer = {name: held.by_layer() for name, held in parts.items()}
     whole = way.rank([r for held in parts.values() for r, _ in held.layers.values()]) if way.of_updates else None
+    with_bias = any(_BIAS in part for layers_of in by_layer.values() for part in layers_of.values())
     low: dict[str, nn.Parameter] = {}
     layers: dict[str, tuple[int, float]] = {}
     for layer, module in canonical_modules(model):
         names = [name for name, held in parts.items() if layer in held.layers]
         if not names:
             continue
+        if with_bias and kind_of(module, "lora_bias") is None:
+            raise AdapterError(f"{layer} is a {type(module).__name__}, whose B cannot have the bias that another has")
         device = next(iter(module.parameters(recurse=False)), torch.empty(0)).device
         own = {name: {k: p.detach().to(device) for k, p in by_layer[name][layer].items()} for name in names}
         given = [
@@ -73,8 +76,8 @@ def weighted(parts: Mapping[str, Held], weights: Mapping[str, float], way: Combi
         except LoraConfigError as error:
             raise LoraConfigError(f"{layer}: {error}") from error
         made = {"lora_A": a, "lora_B": b}
-        if any(_BIAS in each for each in own.values()):
-            made[_BIAS] = _bias(given, [own[name].get(_BIAS) for name in names])
+        if with_bias:
+            made[_BIAS] = _bias(given, [own[name].get(_BIAS) for name in names], b)
         low |= {f"{layer}.{part}": nn.Parameter(value.cpu(), requires_grad=False) for part, value in made.items()}
         layers[layer] = (rank, 1.0)
     if inside := [layer for layer in layers if f"{layer}.weight" in full]:
@@ -118,10 +121,10 @@ def _in_full(parts: Mapping[str, Held]) -> dict[str, Tensor]:
     return found
 
 
-def _bias(given: list[Part], biases: list[Tensor | None]) -> Tensor:
-    """``Σ w s b``: ``(out,)``."""
+def _bias(given: list[Part], biases: list[Tensor | None], like: Tensor) -> Tensor:
+    """``Σ w s b``, ``(out,)``: zero on a layer where no adapter has one."""
     terms = [part.weight * part.scaling * b for part, b in zip(given, biases, strict=True) if b is not None]
-    return torch.stack(terms).sum(0)
+    return torch.stack(terms).sum(0) if terms else like.new_zeros(len(like))
 
 
 def _record(parts: Mapping[str, Held], layers: Mapping[str, tuple[int, float]], model: nn.Module) -> Injected:
@@ -135,7 +138,7 @@ def _record(parts: Mapping[str, Held], layers: Mapping[str, tuple[int, float]], 
     if len({each.config.bias for each in owners}) > 1:
         raise AdapterError("these adapters train other biases each, which one adapter cannot say: bias must be alike")
     saved = [entry for each in owners for entry in each.config.modules_to_save or []]
-    with_bias = any(_BIAS in name for each in held for name in each.low)
+    with_bias = any(each.config.lora_bias for each in held)
     config = replace(owners[0].config, modules_to_save=list(dict.fromkeys(saved)) or None, lora_bias=with_bias)
     task = next((each.config.task_type for each in owners if each.config.task_type), config.task_type)
     root = model.get_submodule(held[0].prefix)

@@ -166,6 +166,27 @@ def test_scaled_embeddings_and_half_precision(shake):
         torch.testing.assert_close(logits[row], expected[row], atol=0.05, rtol=0.05)
 
 
+def test_torchs_own_encoder_calls_its_layers(shake):
+    torch.manual_seed(6)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    adapters = Adapters(model)
+    adapters.add("one", LoraConfig(r=2, target_modules=["linear1"]))
+    shake(model, 0.5)
+    x = torch.randn(2, 5, 8)
+    with torch.no_grad():
+        expected = [model(x)[0]]
+        adapters.disable()
+        expected.append(model(x)[1])
+        with adapters.rows(["one", BASE]):
+            found = model(x)
+        torch.testing.assert_close(found, torch.stack(expected), atol=1e-5, rtol=1e-5)
+        assert torch.equal(model(x)[1], expected[1])
+    adapters.add("attention", LoraConfig(r=2, target_modules=["self_attn"]))
+    with pytest.raises(AdapterError, match=r"nn\.MultiheadAttention reads weights"), adapters.rows(["attention", BASE]):
+        pass
+    assert adapters.active == ("attention",)
+
+
 def test_what_cannot_be_done_by_rows_is_told(llama, adapters, rows):
     with pytest.raises(AdapterError, match=r"no adapter 'mth' \(did you mean math\?\)"), adapters.rows(["mth"]):
         pass
