@@ -74,20 +74,22 @@ def _parts(module: nn.Module | None) -> set[int]:
 
 def _topmost(model: nn.Module, known: set[int]) -> list[str]:
     """Outermost modules with trainable, not yet adapted parameters, none of whose parts is known."""
-    verdicts: dict[int, bool] = {}
+    verdicts: dict[int, tuple[bool, bool]] = {}
 
-    def fresh(module: nn.Module) -> bool:
+    def verdict(module: nn.Module) -> tuple[bool, bool]:
+        """Whether nothing in a module is known and all of it trains, and whether it has parameters at all."""
         if id(module) not in verdicts:
-            own = id(module) not in known and not isinstance(module, (LoraLayer, TokenRows))
-            verdicts[id(module)] = own and all(fresh(child) for child in module.children())
+            own = [parameter for parameter in module._parameters.values() if parameter is not None]
+            parts = [verdict(child) for child in module._modules.values() if child is not None]
+            fresh = id(module) not in known and not isinstance(module, (LoraLayer, TokenRows))
+            trains = fresh and all(p.requires_grad for p in own) and all(each for each, _ in parts)
+            verdicts[id(module)] = trains, bool(own) or any(some for _, some in parts)
         return verdicts[id(module)]
 
     found: list[str] = []
     inside: tuple[str, ...] = ()
     for name, module in canonical_modules(model):
-        if not name or name.startswith(inside) or not fresh(module):
-            continue
-        if (parameters := list(module.parameters())) and all(p.requires_grad for p in parameters):
+        if name and not name.startswith(inside) and verdict(module) == (True, True):
             found.append(name)
             inside += (f"{name}.",)
     return found
