@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
 
 from lora_lightning.errors import LoraConfigError
 
@@ -135,23 +136,19 @@ class Invocation:
             LoraConfigError: If the layer's rows and positions are not those of the model's call.
         """
         call = self._call if self._call is not None else self._computed_again()
-        mask_BT = call.mask_BT.to(out.device)
-        if mask_BT.numel() == 1 and not call.rows:
-            return mask_BT.view((1,) * out.ndim)
-        batch, length = mask_BT.shape
-        if out.ndim == 3 and out.shape[:2] != mask_BT.shape and len(out) == batch:
-            mask_BT = _kept(mask_BT, call.kept, out.shape[1])
-        if out.ndim == 3 and out.shape[:2] == mask_BT.shape:
-            return mask_BT[:, :, None]
-        if out.ndim == 2 and len(out) == batch * length:
-            return mask_BT.reshape(-1, 1)
-        if out.ndim == 2 and len(out) == batch:
-            return mask_BT[:, -1:]
-        raise LoraConfigError(
-            f"an activated adapter (alora_invocation_tokens) is on a layer that gives {tuple(out.shape)} where the "
-            f"model was called with {batch} rows of {length} tokens, so that nobody knows which of its rows come after "
-            "the invocation (a mixture's experts are so): leave it out, with its name in exclude_modules"
-        )
+        mask = _fitted(call, out.shape)
+        if mask is None:
+            batch, length = call.mask_BT.shape
+            raise LoraConfigError(
+                f"an activated adapter (alora_invocation_tokens) is on a layer that gives {tuple(out.shape)} where the "
+                f"model was called with {batch} rows of {length} tokens, so that nobody knows which of its rows come "
+                "after the invocation (a mixture's experts are so): leave it out, with its name in exclude_modules"
+            )
+        mask = mask.to(out.device)
+        if isinstance(out, DTensor):  # the same on every process, as the call's token numbers are
+            everywhere = [Replicate()] * out.device_mesh.ndim
+            return DTensor.from_local(mask, out.device_mesh, everywhere, run_check=False)
+        return mask
 
     def _computed_again(self) -> Call:
         calls = list(self._calls)
@@ -221,11 +218,21 @@ def _for_rows(past: Rows, batch: int) -> Rows:
     return past if times == 1 else Rows(*(each.repeat_interleave(times, 0) for each in past))
 
 
-def _kept(mask_BT: Tensor, kept: Any, length: int) -> Tensor:
-    """The mask at the positions that a head is computed at."""
-    if isinstance(kept, Tensor) and kept.ndim == 1 and len(kept) == length:
-        return mask_BT[:, kept.to(mask_BT.device)]
-    return mask_BT[:, -1:] if length == 1 else mask_BT[:, -kept:] if kept == length else mask_BT
+def _fitted(call: Call, shape: Sequence[int]) -> Tensor | None:
+    """A call's mask for a layer's output of a shape, or None."""
+    mask_BT = call.mask_BT
+    batch, length = mask_BT.shape
+    if mask_BT.numel() == 1 and call.rows is None:
+        return mask_BT.view((1,) * len(shape))
+    if len(shape) == 2:
+        return mask_BT.reshape(-1, 1) if shape[0] == batch * length else mask_BT[:, -1:] if shape[0] == batch else None
+    if len(shape) == 3 and shape[0] == batch and shape[1] != length:  # a head, at some positions
+        kept = call.kept
+        if isinstance(kept, Tensor) and kept.ndim == 1 and len(kept) == shape[1]:
+            mask_BT = mask_BT[:, kept.to(mask_BT.device)]
+        elif shape[1] in (1, kept):
+            mask_BT = mask_BT[:, -shape[1] :]
+    return mask_BT[:, :, None] if tuple(shape[:-1]) == tuple(mask_BT.shape) else None
 
 
 def _graph_of(output: Any) -> Any:

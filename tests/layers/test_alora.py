@@ -7,16 +7,19 @@ import io
 import itertools
 import warnings
 
+import lightning.pytorch as pl
 import peft
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lora_lightning import (
     AdapterError,
+    LoraCallback,
     LoraConfig,
     LoraConfigError,
     causal_lm_loss,
@@ -290,6 +293,84 @@ def test_compiled():
     model = adapted()
     wanted = model(IDS).logits
     torch.testing.assert_close(torch.compile(model, backend="eager")(IDS).logits, wanted)
+
+
+SPREAD = """
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import LlamaConfig, LlamaForCausalLM
+from lora_lightning import LoraConfig, inject_lora, lora_parameters
+from lora_lightning.injection.tensors import whole
+from lora_lightning.strategies.parallelize import shard
+
+ids = torch.arange(7, 25).view(2, 9)
+ids[0, 3:5] = torch.tensor([5, 6])
+
+
+def network():
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=30, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    ))
+    inject_lora(model, LoraConfig(r=4, alora_invocation_tokens=[5, 6], init_lora_weights=False), seed=1)
+    return model.train()
+
+
+def results(model):
+    logits = model(ids).logits
+    logits.logsumexp(-1).square().mean().backward()
+    return whole(logits.detach()), {name: whole(p.grad) for name, p in lora_parameters(model).items()}
+
+
+logits, gradients = results(network())
+for sizes in ((2, 1), (1, 2)):
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("data_parallel", "tensor_parallel"))
+    for again in (False, True):
+        given, given_gradients = results(shard(network(), mesh, activation_checkpointing=again))
+        assert (given - logits).abs().max() < 1e-5 * logits.abs().max()
+        for name, gradient in gradients.items():
+            assert (given_gradients[name] - gradient).abs().max() < 1e-6, name
+"""
+
+
+@pytest.mark.slow
+def test_under_fsdp2_and_tensor_parallel(processes):
+    processes(SPREAD)
+
+
+def test_in_a_trainer_it_is_trained_saved_and_resumed(tmp_path):
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = llama(torch.float32)
+
+        def training_step(self, batch, batch_idx):
+            return causal_lm_loss(self.model, {"input_ids": batch, "labels": batch}).mean
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+    def fit(epochs, ckpt=None):
+        module = Module()
+        callback = LoraCallback(LoraConfig(r=3, alora_invocation_tokens=TOKENS, task_type="CAUSAL_LM"))
+        trainer = pl.Trainer(
+            max_epochs=epochs,
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path / f"{epochs}{bool(ckpt)}",
+            callbacks=[callback],
+        )
+        trainer.fit(module, DataLoader(IDS, batch_size=2), ckpt_path=ckpt)
+        return module, callback, trainer
+
+    whole, callback, _ = fit(2)
+    _, _, begun = fit(1)
+    resumed, _, _ = fit(2, begun.checkpoint_callback.best_model_path)
+    for name, value in lora_parameters(whole).items():
+        assert torch.equal(resumed.get_parameter(name), value)
+    theirs = peft.PeftModel.from_pretrained(llama(torch.float32), callback.adapter_path).eval()
+    torch.testing.assert_close(whole.model.eval()(IDS).logits, theirs(input_ids=IDS).logits)
 
 
 # ---- as other adapters

@@ -75,6 +75,8 @@ def test_what_is_the_jobs_own_may_differ(own):
     [
         (["lora.use_dora=true"], "use_dora"),
         (["lora=dora"], "use_dora"),
+        (["+lora.alora_invocation_tokens=[1,2]"], "alora_invocation_tokens"),
+        (["optimizer=lora_fa"], "optimizer=lora_fa"),
         (["lora.modules_to_save=[lm_head]"], "trains lm_head in full"),
         (["lora.bias=lora_only"], "biases of the base"),
         (["lora.task_type=SEQ_CLS"], "a head in full"),
