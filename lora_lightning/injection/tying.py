@@ -109,6 +109,8 @@ def untie(model: nn.Module, in_full: Mapping[str, nn.Module], followers: Collect
         in_full: Modules that train in full.
         followers: Modules that are to share what they share.
     """
+    if not in_full:
+        return []
     owners: dict[int, set[int]] = {}
     for _, module in canonical_modules(model):
         for parameter in module._parameters.values():
