@@ -13,7 +13,8 @@ class LoraRow:
 
     Attributes:
         name: Canonical name below the root.
-        kind: Kind of layer: ``Linear``, ``Conv1D``, ``Embedding``, ``Conv``, ``MultiheadAttention``; ``in full`` or ``bias`` where there is no rank.
+        kind: Kind of layer: ``Linear``, ``Conv1D``, ``Embedding``, ``Conv``, ``MultiheadAttention``; ``in full`` or
+            ``bias`` where there is no rank.
         shape: ``(in, out)`` of the layer.
         r: Rank, 0 where trained in full.
         scaling: The scale ``s`` of the update.

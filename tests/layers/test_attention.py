@@ -281,6 +281,23 @@ def test_peft_reads_ours_and_applies_the_out_projection_twice(fields, tmp_path, 
     torch.testing.assert_close(fresh(x)[0], ours(x)[0], **EXACT)
 
 
+def test_siglip_s_pooling_attention_and_patches_are_pefts(tmp_path):
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = SiglipVisionModel(SiglipVisionConfig(image_size=8, patch_size=4, **sizes)).double().eval()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    config = peft.LoraConfig(r=2, target_modules=["attention", "patch_embedding"], init_lora_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=False).eval()
+    theirs.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"twice.*Layers: .*head\.attention\.out_proj"):
+        report = load_adapter(base, tmp_path)
+    assert [row.kind for row in report.rows] == ["Conv", "MultiheadAttention", "Linear"]
+    outs = [part for name, part in base.named_modules() if name.endswith("head.attention.out_proj")]
+    outs[0].lora_B.data.mul_(2)
+    torch.testing.assert_close(base(x).pooler_output, theirs(x).pooler_output, **EXACT)
+
+
 def test_an_out_projection_alone_goes_both_ways_in_files(tmp_path, shake):
     base = Block(batch_first=True)
     ours, x = copy.deepcopy(base), torch.randn(2, 5, 8)

@@ -305,6 +305,26 @@ def test_dropout_is_on_the_way_to_the_update_alone(make, fields):
     assert not torch.allclose(out, model(x))
 
 
+def test_whisper_whose_forward_asks_its_convolutions_for_their_strides():
+    """PEFT's wrappers have none, so that its Whisper with adapted convolutions does not run at all."""
+    from transformers import WhisperConfig, WhisperModel
+
+    sides = {f"{side}_{name}": 2 for side in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    ffn = {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "max_source_positions": 10, "max_target_positions": 10}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    model = WhisperModel(WhisperConfig(vocab_size=50, d_model=16, num_mel_bins=8, **sides, **ffn, **special)).eval()
+    asked = {"input_features": torch.randn(1, 8, 20), "decoder_input_ids": torch.tensor([[1, 2]])}
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["conv1", "conv2"]))
+    with pytest.raises(AttributeError, match="stride"):
+        theirs(**asked)
+    base = model(**asked).last_hidden_state
+    _injected(model, target_modules=["conv1", "conv2", "q_proj"], use_dora=True)
+    out = model(**asked).last_hidden_state
+    assert not torch.allclose(out, base, atol=1e-2)
+    merge_lora(model)
+    torch.testing.assert_close(model(**asked).last_hidden_state, out, rtol=1e-4, atol=1e-4)
+
+
 def test_memory_format_and_half_precision():
     model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1)).to(memory_format=torch.channels_last)
     x = torch.randn(2, 4, 6, 6).contiguous(memory_format=torch.channels_last)
