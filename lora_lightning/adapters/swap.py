@@ -17,8 +17,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from lora_lightning.adapters.folder import _BASE_COPY, _STATISTICS, _read_weights, read_config
 from lora_lightning.adapters.held import Held, explicit
-from lora_lightning.adapters.hub import adapter_folder
+from lora_lightning.adapters.hub import OUTSIDE_FILE, adapter_folder
 from lora_lightning.adapters.peft_names import PREFIX
+from lora_lightning.adapters.tensor_file import read_tensors
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import AdapterError
 from lora_lightning.injection.attentions import meant_by
@@ -59,6 +60,8 @@ def refill(
             "it under a name of its own"
         )
     given = {ours[key]: value for key, value in weights.items()}
+    if (outside := path / OUTSIDE_FILE).is_file():
+        given |= read_tensors(outside)
     tensors = {**(held.full if live is None else live), **held.low}
     values = _low_rank(held, config, given, model, path) | _in_full(held, given, path)
     for name, value in values.items():
@@ -78,7 +81,7 @@ def make_room(held: Held, model: nn.Module, r: int) -> None:
         AdapterError: If its ranks are not those of a product of two matrices.
     """
     _refuse_more(held)
-    root, groups = model.get_submodule(held.prefix), groups_in(model)
+    root, groups = dict(canonical_modules(model))[held.prefix], groups_in(model)
     wanted = {held.below_root(name): (max(r, rank), scaling) for name, (rank, scaling) in held.layers.items()}
     config = explicit(held.config, wanted, root)
     told = _told(config, held, model)

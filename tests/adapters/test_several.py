@@ -4,6 +4,7 @@ import copy
 import pickle
 import warnings
 
+import lightning as L
 import peft
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from lora_lightning import (
     AdapterError,
     Adapters,
+    LoraCallback,
     LoraConfig,
     inject_lora,
     load_adapter,
@@ -115,24 +117,22 @@ def test_several_at_once_are_the_sum_as_in_peft(llama, tokens, folders, adapters
 @given(st.lists(st.tuples(st.integers(1, 4), st.floats(0.5, 8), st.booleans()), min_size=2, max_size=4))
 def test_a_sum_is_exact_in_float64(members):
     torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Conv1d(4, 3, 2)).double().eval()
-    x = torch.randn(2, 4, 5, dtype=torch.float64)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Conv1d(4, 8, 2, groups=2)).double().eval()
+    inputs = {"0": torch.randn(2, 5, dtype=torch.float64), "2": torch.randn(2, 4, 7, dtype=torch.float64)}
     adapters, deltas = Adapters(model), []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for number, (r, alpha, both) in enumerate(members):
             targets = ["0", "2"] if both else ["0"]
-            config = LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, init_lora_weights=False)
+            config = LoraConfig(r=2 * r, lora_alpha=alpha, target_modules=targets, init_lora_weights=False)
             adapters.add(str(number), config, seed=number)
-            deltas.append({name: layer.lora_weight_delta().detach() for name, layer in lora_layers(model)})
+            deltas.append({name: layer.lora_delta(inputs[name]).detach() for name, layer in lora_layers(model)})
         adapters.set(*adapters.names)
     for name, layer in lora_layers(model):
         total = sum(each[name] for each in deltas if name in each)
-        torch.testing.assert_close(layer.lora_weight_delta(), total, rtol=1e-10, atol=1e-10)
-        assert layer.lora_r == sum(r for (r, _, both) in members if both or name == "0")
-    summed = model(x)
-    merge_lora(model)
-    torch.testing.assert_close(model(x), summed, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(layer.lora_delta(inputs[name]), total, rtol=1e-10, atol=1e-10)
+        assert layer.lora_r == sum(2 * r for (r, _, both) in members if both or name == "0")
+        assert layer.lora_scaling == 1.0
 
 
 def test_what_cannot_be_summed_is_refused_and_nothing_changes(llama, tokens, folders, adapters):
@@ -212,6 +212,7 @@ def test_files_are_pefts_and_come_back(llama, tokens, folders, adapters, tmp_pat
         adapters.save(tmp_path / "all", ["math"])
     adapters.disable()
     base = copy.deepcopy(llama)
+    adapters.disable()
     again = Adapters(copy.deepcopy(llama))
     assert set(again.load_all(tmp_path / "all")) == set(adapters.names)
     expected = {name: logits for name, (_, logits) in folders.items()} | {"default": own, "both": both}
@@ -391,23 +392,95 @@ def test_swapping_is_exact_up_to_rounding(r, more, alpha, slot, grouped):
 # ---- in a LightningModule
 
 
-def test_prediction_with_a_trainer(llama, tokens, folders):
-    import lightning as L
+class Speaker(L.LightningModule):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.head = nn.Linear(64, 3)
 
-    class Speaker(L.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.model = llama
+    def forward(self, batch):
+        return self.head(self.model(batch).logits)
 
-        def predict_step(self, batch, _):
-            return self.model(batch).logits
+    def training_step(self, batch, _):
+        return self(batch).square().mean()
 
-    module = Speaker()
-    adapters = Adapters(module)
+    def predict_step(self, batch, _):
+        return self.model(batch).logits
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(lora_parameters(self).values(), lr=0.5)
+
+
+def trainer(**options):
+    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return L.Trainer(accelerator="cpu", logger=False, **quiet, **options)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_prediction_and_training_with_a_trainer(llama, tokens, folders):
+    batches = torch.utils.data.DataLoader(tokens, batch_size=2)
+    adapters = Adapters(Speaker(llama))
     for name in ("math", "chat"):
         adapters.load(name, folders[name][0])
-    trainer = L.Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
     for name in ("math", "chat", "math"):
         adapters.set(name)
-        (logits,) = trainer.predict(module, torch.utils.data.DataLoader(tokens, batch_size=2))
+        (logits,) = trainer().predict(adapters.model, batches)
         torch.testing.assert_close(logits, folders[name][1], atol=1e-6, rtol=1e-5)
+    with adapters.rows(["chat", "math"]):
+        (logits,) = trainer().predict(adapters.model, batches)
+    torch.testing.assert_close(logits[0], folders["chat"][1][0], atol=1e-5, rtol=1e-5)
+    adapters.train("math")
+    trainer(max_steps=1, callbacks=[LoraCallback(adapters.config("math"))]).fit(adapters.model, batches)
+    llama.eval()
+    assert adapters.active == ("math",)
+    moved = llama(tokens).logits.detach()
+    assert not torch.equal(moved, folders["math"][1])
+    adapters.set("chat")
+    assert torch.equal(llama(tokens).logits, folders["chat"][1])
+    adapters.set("math")
+    assert torch.equal(llama(tokens).logits, moved)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_heads_around_the_model_belong_to_their_adapters(llama, tokens, shake, tmp_path):
+    module = Speaker(llama).eval()
+    adapters, expected = Adapters(module), {}
+    base = module(tokens)
+    for number, name in enumerate(("one", "two")):
+        adapters.add(name, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["head"]), seed=number)
+        shake(module, 0.1 + 0.1 * number)
+        expected[name] = module(tokens).detach()
+    adapters.save(tmp_path)
+    adapters.set("one")
+    assert torch.equal(module(tokens), expected["one"])
+    with adapters.rows(["two", "__base__"]):
+        rows = module(tokens)
+    torch.testing.assert_close(rows, torch.stack([expected["two"][0], base[1]]), atol=1e-5, rtol=1e-5)
+    adapters.swap("one", tmp_path / "two")
+    torch.testing.assert_close(module(tokens), expected["two"], atol=1e-6, rtol=1e-5)
+    adapters.disable()
+    again = Adapters(copy.deepcopy(module))
+    again.load_all(tmp_path)
+    again.set("two")
+    assert torch.equal(again.model(tokens), expected["two"])
+
+
+@pytest.mark.gpu
+def test_adapters_at_rest_are_on_the_cpu(llama, tokens, folders):
+    llama.cuda()
+    for offload, place in ((True, "cpu"), (False, "cuda")):
+        adapters = Adapters(llama, offload=offload)
+        for name in ("math", "chat"):
+            adapters.load(name, folders[name][0])
+        adapters.set("math")
+        own = lora_parameters(llama) or dict(llama.named_parameters())
+        assert {p.device.type for p in own.values()} == {"cuda"}
+        parameters = [p for _, layer in lora_layers(llama) for p in layer.lora_own.values()]
+        with torch.no_grad():
+            torch.testing.assert_close(llama(tokens.cuda()).logits.cpu(), folders["math"][1], atol=1e-2, rtol=1e-2)
+            adapters.set("math", "chat")
+            with adapters.rows(["chat", "math"]):
+                logits = llama(tokens.cuda()).logits.cpu()
+            torch.testing.assert_close(logits[1], folders["math"][1][1], atol=1e-2, rtol=1e-2)
+        assert {p.device.type for p in parameters} == {place}
+        adapters.disable()
