@@ -65,7 +65,7 @@ def refuse_repeated(overrides: Sequence[str]) -> None:
     Raises:
         LoraConfigError: With all such values.
     """
-    repeated = {}
+    repeated: dict[str, str] = {}
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         values = [str(each) for each in override.sweep_string_iterator()] if override.is_choice_sweep() else []
         repeated |= {override.get_key_element(): each for each in values if values.count(each) > 1}
