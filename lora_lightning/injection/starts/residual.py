@@ -2,7 +2,7 @@
 
 ``A₀`` and ``B₀`` are buffers beside ``A`` and ``B``, saved in checkpoints with them: a run that goes on makes the same
 ``W_res`` of the same ``W``. The weight as it was is kept on the CPU, since ``W_res + s · B₀ A₀`` rounds to something
-else: a changed layer's weight takes its size once more in the machine's memory.
+else: a changed layer's weight takes its size once more in the machine's memory, for each process.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.errors import AdapterError
-from lora_lightning.injection.tensors import local, spread_like
+from lora_lightning.injection.tensors import local, spread_like, whole
 from lora_lightning.layers import LoraLayer
 
 BEFORE = "_lora_before"
@@ -34,14 +34,16 @@ def starts_of(layer: LoraLayer) -> dict[str, Tensor]:
 
 
 def weight_before(layer: nn.Module) -> Tensor | None:
-    """The base weight of a layer on the CPU, where a start has changed it; this process's part of a ``DTensor``."""
+    """The whole base weight of a layer on the CPU, where a start has changed it."""
     return vars(layer).get(BEFORE)
 
 
 @torch.no_grad()
 def keep_weight(layer: LoraLayer) -> Tensor:
-    """Keep the weight as it is now as the base's, unless one is kept already."""
-    return vars(layer).setdefault(BEFORE, local(layer.weight.detach()).to("cpu", copy=True))
+    """Keep the weight as it is now as the base's, all of it on every process, unless one is kept already."""
+    if BEFORE not in vars(layer):
+        vars(layer)[BEFORE] = whole(layer.weight.detach()).to("cpu", copy=True)
+    return vars(layer)[BEFORE]
 
 
 @torch.no_grad()
@@ -120,16 +122,13 @@ def bases_as_before(layers: list[LoraLayer]) -> Iterator[None]:
 
 
 def part_like(value: Tensor, weight: Tensor) -> Tensor:
-    """This process's part of a value for a weight, from the whole of it or from that part."""
-    here = local(weight)
-    if value.shape != here.shape and value.shape == weight.shape:
-        value = local(spread_like(value, weight))
-    if value.shape != here.shape:
+    """This process's part of the whole value of a weight."""
+    if value.shape != weight.shape:
         raise AdapterError(
-            f"a weight that was {tuple(value.shape)} when its adapter began is {tuple(here.shape)} now: an engine has "
+            f"a weight that was {tuple(value.shape)} when its adapter began is {tuple(weight.shape)} now: an engine has "
             "flattened or split it since. Use strategy='ddp', or a start that leaves the base as it is"
         )
-    return value
+    return local(spread_like(value, weight))
 
 
 def oriented(layer: nn.Module, matrix: Tensor) -> Tensor:
