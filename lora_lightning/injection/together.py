@@ -17,7 +17,7 @@ from lora_lightning.layers import DoraLinear, LoraLayer, LoraLinear, plain_class
 from lora_lightning.layers.attention import LoraReadsOutProj
 from lora_lightning.layers.gated import FORMULA, LoraGated, activation_of
 from lora_lightning.layers.group import LoraGroup
-from lora_lightning.layers.hazards import why_not
+from lora_lightning.layers.hazards import detached_hook, why_not
 from lora_lightning.layers.made import made_class
 from lora_lightning.layers.norm import FORMULAS, LoraNorm, LoraNormRoundingLast
 from lora_lightning.layers.packed import PackedLoraLinear
@@ -35,7 +35,8 @@ def compute_together(root: nn.Module) -> None:
         if module._modules:
             _group(module, parents)
         if (over := _over(module)) is not None:
-            module.__class__ = made_class(over, type(module))  # type: ignore[assignment]
+            with detached_hook(module):
+                module.__class__ = made_class(over, type(module))  # type: ignore[assignment]
 
 
 def compute_apart(root: nn.Module) -> None:
@@ -43,7 +44,8 @@ def compute_apart(root: nn.Module) -> None:
     for module in root.modules():
         plain = plain_class(module)
         if plain is not None and isinstance(module, _OVER_BLOCKS):
-            module.__class__ = plain  # type: ignore[assignment]
+            with detached_hook(module):
+                module.__class__ = plain  # type: ignore[assignment]
 
 
 def _group(parent: nn.Module, parents: Counter[int]) -> None:

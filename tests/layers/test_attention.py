@@ -7,6 +7,7 @@ import warnings
 import peft
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -361,6 +362,18 @@ def test_an_attention_that_cannot_be_changed_refuses_its_out_projection_too():
     model.attn.forward = model.attn.forward
     with pytest.raises(LoraConfigError, match=r"attn\.out_proj cannot be adapted: the attention around it reads"):
         _injected(model, ["out_proj"])
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+def test_an_attention_under_a_hook_of_accelerate_reads_what_is_adapted(targets):
+    model, x = Block(), torch.randn(5, 2, 8)
+    before = model(x)[0]
+    add_hook_to_module(model.attn, AlignDevicesHook("cpu"))
+    _injected(model, targets)
+    assert not torch.allclose(model(x)[0], before, atol=1e-3)
+    unload_lora(model)
+    assert torch.equal(model(x)[0], before)
+    assert hasattr(model.attn, "_hf_hook")
 
 
 def test_dropout_that_has_no_place_is_told():
