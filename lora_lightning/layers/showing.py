@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from threading import RLock
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 Shown = tuple[nn.Module, str, Tensor]
@@ -20,7 +22,6 @@ def showing(values: Iterable[Shown]) -> Iterator[None]:
 
     A parameter stays registered, and with it names, hooks and ties: the instance's attribute only comes before it.
 
-    >>> import torch
     >>> layer = nn.Linear(1, 1, bias=False)
     >>> with showing([(layer, "weight", torch.full((1, 1), 3.0))]):
     ...     layer(torch.ones(1))
@@ -28,9 +29,16 @@ def showing(values: Iterable[Shown]) -> Iterator[None]:
     >>> "weight" in vars(layer)
     False
     """
-    with _ONE_AT_A_TIME, contextlib.ExitStack() as undo:
-        for module, name, value in values:
-            own = vars(module)
-            undo.callback(own.__setitem__ if name in own else own.pop, name, own.get(name))
-            own[name] = value
-        yield
+    before: list[tuple[dict[str, Any], str, Any]] = []
+    with contextlib.nullcontext() if torch.compiler.is_compiling() else _ONE_AT_A_TIME:
+        try:
+            for module, name, value in values:
+                own = vars(module)
+                before.append((own, name, own.pop(name, None)))
+                own[name] = value
+            yield
+        finally:
+            for own, name, was in reversed(before):
+                del own[name]
+                if was is not None:
+                    own[name] = was
