@@ -101,13 +101,13 @@ class PerRow(_Module):
 
     Attributes:
         lora_rows: Whose the rows are.
-        lora_twins: For each adapter that has the layer, the layer with that adapter, over the same weight.
         lora_stack: The low-rank matrices of those adapters whose update is a product with them.
+        lora_twins: For each other adapter that has the layer, the layer with that adapter, over the same weight.
     """
 
     lora_rows: Rows
-    lora_twins: Mapping[str, nn.Module]
     lora_stack: RowStack
+    lora_twins: Mapping[str, nn.Module]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the plain layer's; rows are the first dimension."""
@@ -115,13 +115,13 @@ class PerRow(_Module):
             raise AdapterError("an adapter for each row is for inference: call model.eval() first")
         out: Tensor = super().forward(*args, **kwargs)
         x = input_of(self, out, args, kwargs)
-        mine = {name: rows for name, rows in self.lora_rows.of(x).items() if name in self.lora_twins}
-        added = tuple(name for name in mine if name in self.lora_stack.names)
-        if added:
+        by_name = self.lora_rows.of(x)
+        if added := tuple(name for name in by_name if name in self.lora_stack.names):
             rows, numbers = self.lora_rows.joined(x, added)
             out = out.index_add(0, rows, self.lora_stack.delta(x.index_select(0, rows), numbers).to(out.dtype))
-        for name in mine.keys() - set(added):
-            out = out.index_copy(0, mine[name], self._alone(name, mine[name], args, kwargs).to(out.dtype))
+        for name, rows in by_name.items():
+            if name in self.lora_twins:
+                out = out.index_copy(0, rows, self._alone(name, rows, args, kwargs).to(out.dtype))
         return out
 
     def _alone(self, name: str, rows: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -213,9 +213,11 @@ def twin_of(layer: nn.Module) -> nn.Module:
 
 def seat(layer: nn.Module, rows: Rows, twins: Mapping[str, nn.Module]) -> None:
     """Let a plain layer compute each row with an adapter of its own."""
+    stack = RowStack(layer, twins, rows.known)
+    others = {name: twin for name, twin in twins.items() if name not in stack.names}
     with detached_hook(layer):
         layer.__class__ = made_class(PerRow, type(layer))  # type: ignore[assignment]
-        vars(layer).update(lora_rows=rows, lora_twins=dict(twins), lora_stack=RowStack(layer, twins, rows.known))
+        vars(layer).update(lora_rows=rows, lora_stack=stack, lora_twins=others)
 
 
 def unseat(layer: nn.Module) -> None:
