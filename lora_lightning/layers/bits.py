@@ -69,7 +69,7 @@ class FourBits(NamedTuple):
 
     def like(self, weight: Tensor) -> FourBits:
         """Another weight, ``(out, in)``, in bits as these."""
-        old = self.state
+        old = self.in_order().state
         data, state = sys.modules["bitsandbytes"].functional.quantize_4bit(
             weight.to(torch.float32).contiguous(),
             blocksize=old.blocksize,

@@ -10,7 +10,7 @@ Shapes: ``T`` tokens, ``in``/``out`` the sides of the weight, ``r`` the rank.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -122,10 +122,8 @@ class DoraQuantised(DoraLayer, LoraQuantised):
         z = self._written_out(*args, **kwargs)
         if z is None:
             return DoraLayer.forward(self, *args, **kwargs)
-        c = ratio(self.lora_magnitude, self.lora_norm())
-        if self.bias is None:
-            return (c * z).to(z.dtype)
-        return (c * (z - self.bias)).to(z.dtype) + self.bias
+        c, bias = ratio(self.lora_magnitude, self.lora_norm()), cast("Tensor | None", self.bias)
+        return (c * z).to(z.dtype) if bias is None else (c * (z - bias)).to(z.dtype) + bias
 
 
 class BiasQuantised(BiasLayer, LoraQuantised):
@@ -172,7 +170,7 @@ class _Quantised(torch.autograd.Function):
         else:
             y += (xa @ b.t()).mul_(scale)
         ctx.dropout, ctx.scaling, ctx.shape, ctx.dtype = dropout, scaling, x.shape, x.dtype
-        needs_x, needs_a, needs_b = ctx.needs_input_grad[0], *ctx.needs_input_grad[6:]
+        needs_x, *_, needs_a, needs_b = ctx.needs_input_grad
         # The input as it came: others on it (query, key, value) keep the same tensor, and not a rounded copy each.
         ctx.save_for_backward(
             x if needs_a else None,
@@ -188,7 +186,7 @@ class _Quantised(torch.autograd.Function):
     @as_forward
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, dropped, xa, a, b = ctx.saved_tensors
-        needs_x, needs_bias, needs_a, needs_b = ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]
+        needs_x, *_, needs_bias, needs_a, needs_b = ctx.needs_input_grad
         dtype = ctx.base_dtype
         layer = Adapted(a.new_empty(0), None, a, b, ctx.scaling)
         dy_flat = dy.reshape(-1, dy.shape[-1])  # (T, out)
