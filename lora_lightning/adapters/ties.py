@@ -110,7 +110,8 @@ def part_ties(
 def _ends_apart(root: nn.Module) -> bool:
     """Whether a transformers model has an input embedding and a head with weights of their own."""
     ends = [getattr(root, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
-    return None not in ends and ends[0].weight is not ends[1].weight
+    weights = [getattr(end, "weight", None) for end in ends]
+    return None not in weights and weights[0] is not weights[1]
 
 
 def _shared(model: nn.Module, layers: Mapping[str, LoraLayer]) -> Iterator[list[Owner]]:
@@ -124,9 +125,9 @@ def _shared(model: nn.Module, layers: Mapping[str, LoraLayer]) -> Iterator[list[
     for prefix, module in canonical_modules(model):
         for local, tensor in module._parameters.items():
             if tensor is not None:
-                layer, fold = folds.get((id(module), local), (None, ""))
                 name = f"{prefix}.{local}" if prefix else local
-                found.setdefault(id(tensor), []).append(Owner(name, module, local, layer, fold))
+                owner = Owner(name, module, local, *folds.get((id(module), local), ()))
+                found.setdefault(id(tensor), []).append(owner)
     for owners in found.values():
         if len(owners) > 1 and any(owner.layer is not None for owner in owners):
             yield owners

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,7 +42,7 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
     if not injected_roots(model):
         the_root(model)  # raises, with what to do
     adapted = [layer for _, layer in lora_layers(model)]
-    layers = [layer for layer in (*adapted, *(rows for _, rows in token_rows(model))) if layer.lora_enabled]
+    layers: list[Any] = [layer for layer in (*adapted, *(rows for _, rows in token_rows(model))) if layer.lora_enabled]
     trained = [
         (module, local, swap(module, local, value))
         for _, module, originals in trained_in_full(model)

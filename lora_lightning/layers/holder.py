@@ -78,8 +78,11 @@ def _values(holder: nn.Module, recipes: list[Recomputed]) -> Iterator[Shown]:
 
 def parts_of(holder: nn.Module) -> Iterator[Showing]:
     """The parts of an adapter that a module has, or follows."""
-    yield from (part for part in holder._modules.values() if isinstance(part, Showing))
-    if (followed := vars(holder).get(_FOLLOWS)) is not None:
+    for part in holder._modules.values():
+        if isinstance(part, Showing):
+            yield part
+    followed: Showing | None = vars(holder).get(_FOLLOWS)
+    if followed is not None:
         yield followed
 
 

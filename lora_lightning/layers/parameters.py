@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class LoraParameter(LoraLayer, Showing, nn.Module):
         *experts, rows, columns = getattr(weight, "ds_shape", weight.shape)  # ZeRO-3 leaves the tensor itself empty
         transposed = bool(experts) and bool(getattr(holder, "is_transposed", False))
         count, (n_in, n_out) = (experts or [1])[0], (rows, columns) if transposed else (columns, rows)
-        options = {"dtype": adapter_dtype(weight), "device": weight.device}
+        options: dict[str, Any] = {"dtype": adapter_dtype(weight), "device": weight.device}
         self.lora_A = nn.Parameter(torch.empty(count * r, n_in, **options))
         self.lora_B = nn.Parameter(torch.empty(n_out, r * count, **options))
         vars(self).update(  # past nn.Module, which would make a child of the module around this one
