@@ -126,7 +126,7 @@ def adapter_from_checkpoint(
         The folder.
 
     Raises:
-        AdapterError: If the checkpoint is no adapter checkpoint, or the folder holds an adapter already.
+        AdapterError: If the checkpoint is no adapter checkpoint or lacks some of one, or the folder holds an adapter.
     """
     path = Path(path)
     checkpoint = read_checkpoint(path, mapped=True)
@@ -136,5 +136,7 @@ def adapter_from_checkpoint(
     entry = entries[name]
     facts = facts_of(entry)
     wanted = with_starts([*facts.keys, *facts.outside], checkpoint["state_dict"])
+    if absent := sorted(set(wanted) - checkpoint["state_dict"].keys()):
+        raise AdapterError(f"{path} describes the adapter {name!r} and lacks values of it: {', '.join(absent[:4])}")
     state: dict[str, Tensor] = {key: checkpoint["state_dict"][key] for key in wanted}
     return write_folder(facts, state, folder or path.with_name(f"{path.stem}-adapter"), overwrite=overwrite)

@@ -51,7 +51,7 @@ def adapter_folder(place: str | os.PathLike[str]) -> Path:
     wanted = [*ADAPTER_FILES, *TOKENIZER_FILES, "additional_chat_templates/*"]
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of the Hub's client, and of what it speaks HTTP with
         raise AdapterError(_explained(str(place), name, revision, error)) from error
     if absent := [file for file in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / file).is_file()]:
         raise AdapterError(
@@ -130,7 +130,7 @@ def _push(
         if not (folder / _CARD).exists() and not api.file_exists(name, _CARD, revision=branch):
             operations.append(CommitOperationAdd(_CARD, _card(name, config).encode()))
         told = api.create_commit(name, operations, commit_message=message, revision=branch, create_pr=create_pr or None)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # as above
         raise AdapterError(f"{folder} was not sent to {name}: {_reason(error, name, branch)}") from error
     return str(told.pr_url if create_pr else told.commit_url)
 
@@ -168,7 +168,7 @@ def _reason(error: BaseException, name: str, revision: str | None) -> str:
         return f"{what} is not in the Hub's cache on this machine, and {page} cannot be reached (offline?)"
     if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
         return f"the token that was used (HF_TOKEN, or `hf auth login`) may not do that with {page}"
-    return str(error)
+    return str(error) or type(error).__name__
 
 
 def _page(name: str) -> str:

@@ -45,6 +45,8 @@ class MergeReport:
 
     def __str__(self) -> str:
         """The report in one line."""
+        if not self.tensors:
+            return "no weight was changed: what the adapter trained it trained in full"
         moved = max(self.tensors, key=lambda tensor: tensor.change)
         told = [f"{len(self.tensors)} weights merged, moved by up to {moved.change:.2g} of their size ({moved.name})"]
         lost = max(self.tensors, key=lambda tensor: tensor.rounding)

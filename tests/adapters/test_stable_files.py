@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_lightning
-from lora_lightning import AdapterError, LoraConfig, inject_lora, load_adapter, save_adapter
+from lora_lightning import AdapterError, LoraConfig, inject_lora, load_adapter, lora_state_dict, save_adapter
+from lora_lightning.adapters import adapter_from_checkpoint
+from lora_lightning.adapters.checkpoint import CHECKPOINT_KEY, FORMAT, checkpoint_entry
 from lora_lightning.adapters.merge import fold_in
 from lora_lightning.injection.state import injected_roots
 
@@ -133,3 +135,14 @@ def test_an_adapter_in_the_place_of_another_leaves_nothing_of_it(llama, tmp_path
     inject_lora(fresh, LoraConfig(r=2))
     save_adapter(fresh, tmp_path / "adapter", overwrite=True)
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == sorted(FILES)
+
+
+def test_a_checkpoint_that_lacks_values_makes_no_folder(llama, tmp_path):
+    inject_lora(llama, LoraConfig(r=2, target_modules=["q_proj"]))
+    state = dict(lora_state_dict(llama))
+    del state["model.layers.1.self_attn.q_proj.lora_B"]
+    entry = {CHECKPOINT_KEY: {"format": FORMAT, "adapters": {"default": checkpoint_entry(llama, None)}}}
+    torch.save({"state_dict": state} | entry, tmp_path / "cut.ckpt")
+    with pytest.raises(AdapterError, match=r"'default' and lacks values of it: model\.layers\.1\.self_attn\.q_proj"):
+        adapter_from_checkpoint(tmp_path / "cut.ckpt")
+    assert not (tmp_path / "cut-adapter").exists()
