@@ -24,7 +24,7 @@ from lora_lightning.adapters.joined import is_start, joined
 from lora_lightning.adapters.one_scale import with_one_scale
 from lora_lightning.adapters.peft_config import from_peft_config, to_peft_config
 from lora_lightning.adapters.peft_names import PREFIX, as_written_here, peft_names, prefix_hint
-from lora_lightning.adapters.peft_notes import warn_of_peft
+from lora_lightning.adapters.peft_notes import warn_of_peft, without_unused
 from lora_lightning.adapters.tensor_file import is_finite, names_in, read_tensors, write_tensors
 from lora_lightning.adapters.tied_files import tied_names, tied_values, without_tied
 from lora_lightning.adapters.written import unwritten, written_aside
@@ -192,7 +192,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trainable:
     try:
         prefix, root = the_root(model)
         names = {key: _join(prefix, name) for name, key in peft_names(root).items()}
-        weights = without_tied(weights, root, str(folder))
+        weights = without_unused(without_tied(weights, root, str(folder)), root, str(folder))
         copies = {f"{PREFIX}{name}{_BASE_COPY}" for name, _ in (*lora_layers(root), *token_rows(root))}
         given = {names.get(key, key): value for key, value in weights.items() if key not in copies}
         hint = prefix_hint(*([key for key in keys if not key.endswith(_UNSAVED)] for keys in (weights, names)))

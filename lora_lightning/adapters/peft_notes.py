@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
+from lora_lightning.adapters.peft_names import PREFIX
+from lora_lightning.injection.state import lora_layers
 from lora_lightning.layers import LoraLayer
 from lora_lightning.layers.attention import LoraOverAttention
 from lora_lightning.layers.conv import LoraOverConv
 from lora_lightning.layers.dora import DoraLayer
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,20 @@ def warn_of_peft(root: nn.Module, source: str, *, written_here: bool) -> None:
         whose = "PEFT will give other outputs than these" if written_here else "outputs are not those that PEFT gave"
         remedy = "" if written_here else note.remedy
         warnings.warn(f"{source}: {note.fact}, so that {whose}. Layers: {listed}. {remedy}".rstrip(), stacklevel=4)
+
+
+def without_unused(weights: Mapping[str, Tensor], root: nn.Module, source: str) -> dict[str, Tensor]:
+    """A file's tensors less those that PEFT writes and never uses.
+
+    Where its ``target_modules`` match an attention and its ``out_proj`` both, it adapts the latter twice over, and only
+    what it keeps under the attention's own name has any effect.
+    """
+    attentions = [name for name, layer in lora_layers(root) if isinstance(layer, LoraOverAttention)]
+    beginnings = tuple(f"{PREFIX}{name}.out_proj." for name in attentions)
+    unused = [key for key in weights if key.startswith(beginnings)]
+    if unused:
+        _LOG.info("%s: passed over, never used by PEFT either: %s", source, ", ".join(sorted(unused)))
+    return {key: value for key, value in weights.items() if key not in unused}
 
 
 def _notes(root: nn.Module) -> Iterator[tuple[str, _Note]]:

@@ -282,6 +282,25 @@ def test_peft_reads_ours_and_applies_the_out_projection_twice(fields, tmp_path, 
     torch.testing.assert_close(fresh(x)[0], ours(x)[0], **EXACT)
 
 
+@pytest.mark.parametrize("targets", [["attn", "out_proj"], r".*attn.*"])
+def test_targets_that_match_both_the_attention_and_its_projection(targets, tmp_path, caplog):
+    """PEFT makes a second adapter of ``out_proj`` then, and never uses it."""
+    base, x = Block().double(), torch.randn(5, 2, 8, dtype=torch.float64)
+    config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=False)
+    theirs.save_pretrained(tmp_path / "theirs")
+    with pytest.warns(UserWarning, match="twice"), caplog.at_level("INFO"):
+        load_adapter(base, tmp_path / "theirs")
+    assert "never used by PEFT either: base_model.model.attn.out_proj.base_layer.bias" in caplog.text
+    with pytest.warns(UserWarning, match="twice"):
+        folder = save_adapter(base, tmp_path / "ours")
+    base.attn.out_proj.lora_B.data.mul_(2)
+    torch.testing.assert_close(base(x)[0], theirs(x)[0], **EXACT)
+    unload_lora(base)
+    again = peft.PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False)
+    torch.testing.assert_close(again(x)[0], theirs(x)[0], **EXACT)
+
+
 def test_siglip_s_pooling_attention_and_patches_are_pefts(tmp_path):
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
