@@ -89,7 +89,8 @@ def resolve(root: nn.Module, config: LoraConfig, outside: nn.Module | None = Non
         )
     if problems:
         raise LoraConfigError("The LoRA config does not fit this model:" + "".join(f"\n  - {p}" for p in problems))
-    _warn_unused(chosen | {each.meant: each.holder for each in parameters}, modules, config)
+    known = {meant_by(name, chosen): layer for name, layer in chosen.items()}
+    _warn_unused(known | {each.meant: each.holder for each in parameters}, modules, config)
     targets = [
         Target(
             name,

@@ -354,6 +354,13 @@ def test_a_bias_of_b_on_an_out_projection_alone_is_seen():
     torch.testing.assert_close(model.attn(x), out.detach(), **EXACT)
 
 
+def test_patterns_know_the_projections_by_the_attention_s_name():
+    model = Block()
+    with pytest.warns(UserWarning, match=r"no effect: rank_pattern\['out_proj'\]"):
+        report = _injected(model, rank_pattern={"out_proj": 1, "attn": 2})
+    assert [row.r for row in report.rows] == [2, 2]
+
+
 def test_exclude_modules_leaves_the_out_projection_out():
     model = Block()
     assert [row.name for row in _injected(model, exclude_modules=["out_proj"]).rows] == ["attn"]

@@ -411,6 +411,18 @@ def test_the_warning_of_wide_ranks_counts_the_kernel():
         inject_lora(nn.Sequential(nn.Conv2d(3, 64, 3)), LoraConfig(r=32, target_modules=["0"]))
 
 
+def test_peft_s_norms_of_grouped_convolutions_are_told(tmp_path):
+    base, x = nn.Sequential(nn.Conv1d(4, 4, 3, groups=2)), torch.randn(2, 4, 7)
+    config = peft.LoraConfig(r=2, target_modules=["0"], use_dora=True, init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    theirs.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"DoRA's norms of a convolution in groups.*Layers: 0\."):
+        load_adapter(base, tmp_path)
+    assert not torch.allclose(base(x), theirs(x), atol=1e-3)
+
+
 def test_where_peft_s_outputs_differ_is_told_on_both_ways(tmp_path):
     base = nn.Sequential(nn.Conv1d(4, 4, 3, padding="same", padding_mode="circular"))
     theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=["0"], init_lora_weights=False))
