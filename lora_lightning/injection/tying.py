@@ -85,18 +85,16 @@ def _tell_parting(source: str, tied: list[str], named: dict[str, nn.Module]) -> 
 
 @dataclass
 class Untied:
-    """A parameter that a module had in common with others, before it got one of its own."""
+    """A parameter that a module had in common with another, before it got one of its own."""
 
     module: nn.Module
     local: str
-    shared: nn.Parameter
+    other: nn.Module
+    other_local: str
 
     def tie_again(self) -> None:
-        """Give the module the common parameter back, on the device where its own is."""
-        own = self.module._parameters[self.local]
-        if own is not None and own.device != self.shared.device:
-            self.shared.data = self.shared.data.to(own.device)
-        self.module._parameters[self.local] = self.shared
+        """Let the module have the other's parameter."""
+        self.module._parameters[self.local] = self.other._parameters[self.other_local]
 
 
 def untie(model: nn.Module, in_full: Mapping[str, nn.Module], followers: Collection[nn.Module]) -> list[Untied]:
@@ -111,10 +109,10 @@ def untie(model: nn.Module, in_full: Mapping[str, nn.Module], followers: Collect
     """
     if not in_full:
         return []
-    owners: dict[int, set[int]] = {}
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for _, module in canonical_modules(model):
-        for parameter in module._parameters.values():
-            owners.setdefault(id(parameter), set()).add(id(module))
+        for local, parameter in module._parameters.items():
+            owners.setdefault(id(parameter), []).append((module, local))
     found: list[Untied] = []
     for whole in in_full.values():
         parts = list(whole.modules())
@@ -122,11 +120,12 @@ def untie(model: nn.Module, in_full: Mapping[str, nn.Module], followers: Collect
         own: dict[int, nn.Parameter] = {}
         for part in parts:
             for local, parameter in list(part._parameters.items()):
-                if parameter is None or owners.get(id(parameter), inside) <= inside:
+                others = [owner for owner in owners.get(id(parameter), ()) if id(owner[0]) not in inside]
+                if parameter is None or not others:
                     continue
                 if id(parameter) not in own:
                     copy = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
                     own[id(parameter)] = copy
-                found.append(Untied(part, local, parameter))
+                found.append(Untied(part, local, *others[0]))
                 part._parameters[local] = own[id(parameter)]
     return found

@@ -15,6 +15,7 @@ from lora_lightning import (
     LoraConfigError,
     inject_lora,
     load_adapter,
+    load_base,
     lora_disabled,
     lora_parameters,
     merge_lora,
@@ -197,3 +198,11 @@ def test_what_cannot_be_is_told_and_changes_nothing(fields, message):
         inject_lora(nn.Sequential(nn.Linear(2, 2)), LoraConfig(layer_replication=SPANS))
     check_config(model, LoraConfig(layer_replication=SPANS, target_modules=["layers.5.self_attn.q_proj"]))
     assert list(model.model.layers) == own
+
+
+def test_a_base_is_filled_before(tmp_path):
+    model = _llama()
+    model.save_pretrained(tmp_path)
+    inject_lora(model, LoraConfig(r=2, layer_replication=SPANS))
+    with pytest.raises(AdapterError, match="load_base comes before layer_replication"):
+        load_base(model, tmp_path)

@@ -15,9 +15,11 @@ from lora_lightning import (
     LoraConfigError,
     inject_lora,
     load_adapter,
+    load_base,
     lora_disabled,
     lora_parameters,
     merge_lora,
+    meta_parameters,
     save_adapter,
     unload_lora,
 )
@@ -157,3 +159,31 @@ def test_a_file_whose_tied_layers_differ_is_refused(tied, shake, tmp_path):
     with pytest.raises(AdapterError, match=r"lm_head\.lora_A\.weight is not that of the embedding"):
         load_adapter(loaded, folder)
     assert [type(m) for m in loaded.modules()] == [type(m) for m in tied.modules()]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["lm_head"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["v_proj"], "target_parameters": ["q_proj.weight"], "trainable_token_indices": [3, 1, 63]},
+    ],
+)
+def test_a_model_that_is_filled_after_injection(fields, tied, tokens, tmp_path):
+    tied.save_pretrained(tmp_path)
+    config = LoraConfig(r=2, init_lora_weights=False, **fields)
+    expected = copy.deepcopy(tied)
+    inject_lora(expected, config, seed=3)
+    with meta_parameters():
+        model = type(tied)(tied.config).eval()
+    inject_lora(model, config, seed=3)
+    load_base(model, tmp_path, dtype=torch.float64)
+    model.double()
+    close = {"atol": 1e-6, "rtol": 1e-5}  # frequencies of positions are made in single precision
+    torch.testing.assert_close(model(tokens).logits, expected(tokens).logits, **close)
+    with lora_disabled(model):
+        torch.testing.assert_close(model(tokens).logits, tied(tokens).logits, **close)
+    unload_lora(model)
+    torch.testing.assert_close(model(tokens).logits, tied(tokens).logits, **close)
+    assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+import weakref
 
 import peft
 import pytest
@@ -23,6 +24,7 @@ from lora_lightning import (
     unload_lora,
 )
 from lora_lightning.injection.state import lora_layers
+from lora_lightning.layers.parameters import LoraParameter
 
 EXACT = {"atol": 1e-10, "rtol": 1e-10}
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
@@ -285,3 +287,53 @@ def test_what_cannot_be_is_told_and_changes_nothing(fields, message):
         inject_lora(model, LoraConfig(r=2, **{"target_modules": [], "target_parameters": BOTH, **fields}))
     assert [type(m) for m in model.modules()] == classes
     assert set(model.state_dict()) == before
+
+
+def test_autograd_keeps_no_sum_and_makes_it_again(tokens, monkeypatch):
+    model = mixtral()
+    inject_lora(model, LoraConfig(r=2, target_modules=[], target_parameters=BOTH, init_lora_weights=False))
+    values = []
+    make = LoraParameter.lora_value
+
+    def watched(layer, weight):
+        value = make(layer, weight)
+        values.append(weakref.ref(value))
+        return value
+
+    monkeypatch.setattr(LoraParameter, "lora_value", watched)
+    loss = model(tokens, labels=tokens).loss
+    assert len(values) == 4
+    assert not any(value() is not None for value in values)
+    loss.backward()
+    assert len(values) == 8  # each once more
+    assert not any(value() is not None for value in values)
+    named = lora_parameters(model)
+    got = {name: parameter.grad.clone() for name, parameter in named.items()}
+    model.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(lambda kept: kept, lambda kept: kept):  # not ours
+        loss = model(tokens, labels=tokens).loss
+    assert sum(value() is not None for value in values[8:]) == 4
+    loss.backward()
+    assert all(torch.equal(parameter.grad, got[name]) for name, parameter in named.items())
+    loss = model(tokens, labels=tokens).loss
+    with torch.no_grad():
+        named["model.layers.0.mlp.experts.lora_down_proj.lora_A"].add_(1)
+    with pytest.raises(RuntimeError, match="changed between forward and backward"):
+        loss.backward()
+
+
+def test_in_one_compiled_graph():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"stack": Stack(3, 4, 5, False)})
+    fields = {"target_modules": [], "target_parameters": ["matrices"], "init_lora_weights": False}
+    inject_lora(model, LoraConfig(r=2, **fields))
+    x = torch.randn(3, 2, 5, dtype=torch.float64)
+    expected = model["stack"](x)
+    layer = model["stack"].lora_matrices
+    wanted = torch.autograd.grad(expected.sum(), [layer.lora_A, layer.lora_B])
+    compiled = torch.compile(model["stack"], backend="aot_eager", fullgraph=True)
+    got = compiled(x)
+    torch.testing.assert_close(got, expected, **EXACT)
+    for gradient, right in zip(torch.autograd.grad(got.sum(), [layer.lora_A, layer.lora_B]), wanted, strict=True):
+        torch.testing.assert_close(gradient, right, **EXACT)
+    assert "matrices" not in vars(model["stack"])
