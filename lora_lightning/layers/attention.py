@@ -64,6 +64,11 @@ class LoraOverAttention(LoraLayer):
                 f"queries ({attention.embed_dim}), so that it has three weights in place of one: leave it out, or name "
                 "its out_proj in target_modules to adapt that alone"
             )
+        if "in_proj_weight" not in attention._parameters:
+            return (
+                "its in_proj_weight is recomputed before each forward (weight_norm, pruning): make it permanent first, "
+                "with torch.nn.utils.remove_weight_norm(layer, 'in_proj_weight') or what undoes the other"
+            )
         if not isinstance(attention.out_proj, nn.Linear):
             return f"its out_proj is a {type(attention.out_proj).__name__}, which is not an nn.Linear: leave it out"
         return super().lora_hindrance(layer)

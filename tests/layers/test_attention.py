@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import peft
 import pytest
@@ -381,6 +382,25 @@ def test_what_cannot_be_is_refused_before_anything_changes(make, fields, message
     with pytest.raises(LoraConfigError, match=message):
         _injected(model, **fields)
     assert not any(isinstance(part, LoraLayer) for part in model.modules())
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+def test_a_weight_that_is_recomputed_is_refused():
+    model = Block()
+    nn.utils.weight_norm(model.attn, "in_proj_weight")
+    with pytest.raises(LoraConfigError, match="in_proj_weight is recomputed before each forward"):
+        _injected(model)
+
+
+def test_threads_do_not_take_each_others_weights_away():
+    model = Block().eval()
+    _injected(model)
+    inputs = [torch.randn(5, 2, 8) for _ in range(8)]
+    wanted = [model(x)[0] for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for one, other in zip(pool.map(lambda x: model(x)[0], inputs), wanted, strict=True):
+                assert torch.equal(one, other)
 
 
 def test_an_attention_that_cannot_be_changed_refuses_its_out_projection_too():
