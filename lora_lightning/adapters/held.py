@@ -11,6 +11,7 @@ from re import escape
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.adapters.fingerprint import fingerprint
 from lora_lightning.adapters.folder import adapter_state
 from lora_lightning.adapters.peft_names import peft_names
 from lora_lightning.config import LoraConfig
@@ -49,6 +50,7 @@ class Held:
         full: Values of what trains in full, and of running statistics that have moved; they live in the base's own
             parameters while the adapter is in.
         keys: Name in a file for each of ``low`` and ``full``.
+        base: Fingerprint of the base.
     """
 
     record: Injected
@@ -57,6 +59,7 @@ class Held:
     low: dict[str, nn.Parameter]
     full: dict[str, Tensor]
     keys: dict[str, str]
+    base: str | None
 
     @property
     def config(self) -> LoraConfig:
@@ -104,6 +107,7 @@ def held_in(model: nn.Module) -> Held:
         low=low,
         full={name: value.detach().to("cpu", copy=True) for name, value in full.items()},
         keys={_join(prefix, name): key for name, key in peft_names(root).items()},
+        base=fingerprint(root),
     )
 
 

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from lora_lightning.adapters.fingerprint import fingerprint
@@ -57,39 +58,43 @@ class Place:
         """Have these in the model and no others; all or nothing."""
         if len(set(names)) < len(names):
             raise AdapterError(f"each adapter is in the sum once, got {', '.join(names)}")
-        self._settle()
+        self._settle(same_base=True)
         if self._inside is not None and self._inside.names == names:
             let_train(self.model, trains)
             return
-        before = self._take_out(self._offload)
-        try:
-            held = {name: self._held[name] for name in names}
-            if names:
-                together = held[names[0]] if len(names) == 1 else summed(held, self.model)
-                self._put_in(_Inside(names, together, trains))
-        except BaseException:
-            self._put_in(before)
-            raise
+        with torch.inference_mode(False):  # what moves here may be wanted in training later
+            before = self._take_out(self._offload)
+            try:
+                held = {name: self._held[name] for name in names}
+                if names:
+                    together = held[names[0]] if len(names) == 1 else summed(held, self.model)
+                    self._put_in(_Inside(names, together, trains))
+            except BaseException:
+                self._put_in(before)
+                raise
 
     @contextlib.contextmanager
     def emptied(self) -> Iterator[None]:
         """The plain base inside the ``with`` block; what was in it is in it again afterwards."""
         self._settle()
-        before = self._take_out(offload=False)
-        try:
-            yield
-        finally:
-            self._put_in(before)
-
-    @contextlib.contextmanager
-    def lent(self) -> Iterator[None]:
-        """The same, and nothing may be put in meanwhile."""
-        with self.emptied():
-            self._lent = True
+        with torch.inference_mode(False):
+            before = self._take_out(offload=False)
             try:
                 yield
             finally:
-                self._lent = False
+                self._put_in(before)
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """The same for somebody who computes with it: nothing may be put in meanwhile."""
+        self._settle(same_base=True)
+        before = self._take_out(offload=False)
+        self._lent = True
+        try:
+            yield
+        finally:
+            self._lent = False
+            self._put_in(before)
 
     def take_out_new(self) -> Held:
         """The adapter that somebody has put into the emptied model."""
@@ -113,11 +118,11 @@ class Place:
             put_in(self.model, now.held, trains=now.trains)
         self._inside = now
 
-    def _settle(self) -> None:
+    def _settle(self, *, same_base: bool = False) -> None:
         """Notice what others have done to the model meanwhile.
 
         Raises:
-            AdapterError: If that was another adapter, or another base.
+            AdapterError: If that was another adapter, or with ``same_base`` another base.
         """
         if self._lent:
             raise AdapterError("the model computes rows: leave the with block of rows() before")
@@ -127,10 +132,11 @@ class Place:
                 "the model has an adapter that none of these adapters is: unload_lora(model) first, or save it and "
                 "load(name, folder)"
             )
-        if self._inside is not None and not roots:
-            self._inside = None
-            if self._base is not None and fingerprint(find_root(self.model)[1]) != self._base:
-                raise AdapterError(
-                    "the base is another one than these adapters were made for, since one was merged into it: make "
-                    "Adapters(model) anew and load those that fit the merged model"
-                )
+        if roots:
+            return
+        self._inside = None
+        if same_base and self._base is not None and fingerprint(find_root(self.model)[1]) != self._base:
+            raise AdapterError(
+                "the base is another one than these adapters were made for (was one merged into it?): save those that "
+                "are in no folder yet, make Adapters(model) anew and load what fits the model as it is"
+            )

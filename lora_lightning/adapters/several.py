@@ -15,9 +15,10 @@ from pathlib import Path
 from torch import nn
 
 from lora_lightning.adapters.combine import Combination
-from lora_lightning.adapters.folder import load_adapter, save_adapter
+from lora_lightning.adapters.folder import adapter_state, describe, load_adapter, write_folder
 from lora_lightning.adapters.held import Held, put_in
 from lora_lightning.adapters.hub import CONFIG_FILE
+from lora_lightning.adapters.peft_notes import warn_of_peft
 from lora_lightning.adapters.per_row import per_row
 from lora_lightning.adapters.place import Place
 from lora_lightning.adapters.summed import weighted
@@ -26,7 +27,7 @@ from lora_lightning.config import LoraConfig
 from lora_lightning.errors import AdapterError, did_you_mean
 from lora_lightning.injection import LoraReport, inject_lora, report_of
 from lora_lightning.injection.names import unwrap
-from lora_lightning.injection.state import injected_roots, lora_state_dict
+from lora_lightning.injection.state import injected_roots, lora_state_dict, the_root
 from lora_lightning.layers.per_row import BASE, Rows
 
 DEFAULT = "default"
@@ -165,10 +166,10 @@ class Adapters:
         written = []
         with self._place.emptied():
             for name in self.names if names is None else names:
+                place = Path(folder) if name == DEFAULT else Path(folder) / name
                 put_in(self.model, self._get(name))
                 try:
-                    place = Path(folder) if name == DEFAULT else Path(folder) / name
-                    written.append(save_adapter(self.model, place, overwrite=overwrite))
+                    written.append(self._write(self._held[name], place, overwrite=overwrite))
                 finally:
                     self._held[name] = self._place.take_out_new()
         return written
@@ -273,6 +274,13 @@ class Adapters:
             self._held[name] = weighted(parts, weights, way, self.model)
 
     # ---- what this is made of
+
+    def _write(self, held: Held, place: Path, *, overwrite: bool) -> Path:
+        """As :func:`save_adapter`, over the base that the adapter was made for: one may have been merged into it."""
+        facts, state = describe(self.model), adapter_state(self.model)
+        facts.record["base_fingerprint"] = held.base
+        warn_of_peft(the_root(self.model)[1], str(place), written_here=True)
+        return write_folder(facts, state, place, overwrite=overwrite)
 
     def _get(self, name: str) -> Held:
         if name not in self._held:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -46,6 +47,8 @@ def weighted(parts: Mapping[str, Held], weights: Mapping[str, float], way: Combi
     """
     if not parts:
         raise AdapterError("nothing to combine: name at least one adapter")
+    if odd := [f"{name}: {weight!r}" for name, weight in weights.items() if not _is_number(weight)]:
+        raise LoraConfigError(f"weights are finite numbers, got {', '.join(odd)}")
     for name, held in parts.items():
         if why := _why_not(held, way):
             raise AdapterError(f"{name} cannot be combined with others: {why}")
@@ -90,6 +93,7 @@ def weighted(parts: Mapping[str, Held], weights: Mapping[str, float], way: Combi
         low=low,
         full={name: value.clone() for name, value in full.items()},
         keys={name: key for held in parts.values() for name, key in held.keys.items()},
+        base=next((held.base for held in parts.values() if held.full), first.base),
     )
 
 
@@ -105,6 +109,10 @@ def _why_not(held: Held, way: Combination) -> str | None:
     if _BIAS in parts and way.how not in _OF_SUMS:
         return f"how={way.how!r} says nothing of the bias of B (lora_bias): use {', '.join(_OF_SUMS)}"
     return None
+
+
+def _is_number(weight: object) -> bool:
+    return isinstance(weight, (int, float)) and not isinstance(weight, bool) and math.isfinite(weight)
 
 
 def _in_full(parts: Mapping[str, Held]) -> dict[str, Tensor]:

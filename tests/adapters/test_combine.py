@@ -185,6 +185,8 @@ def test_what_cannot_be_combined_is_told(saved):
         adapters.add_weighted("both", {"one": 1.0, "tow": 1.0})
     with pytest.raises(AdapterError, match=r"there is an adapter 'two' already"):
         adapters.add_weighted("two", both)
+    with pytest.raises(LoraConfigError, match=r"finite numbers, got one: nan, two: '1'"):
+        adapters.add_weighted("both", {"one": float("nan"), "two": "1"})
     with pytest.raises(AdapterError, match="name at least one"):
         adapters.add_weighted("none", {})
     adapters.add("dora", LoraConfig(r=2, use_dora=True, target_modules=["first"]))

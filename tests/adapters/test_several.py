@@ -203,6 +203,20 @@ def test_the_one_that_trains_is_the_only_one_and_goes_on_with_its_parameters(lla
     assert torch.equal(llama(tokens).logits, folders["chat"][1])
 
 
+def test_nothing_is_bound_to_inference_by_being_put_in_there(llama, tokens, folders):
+    adapters = Adapters(llama)
+    with torch.inference_mode():
+        adapters.load("math", folders["math"][0])
+        adapters.load("head", folders["head"][0])
+        adapters.set("math", "head")
+        adapters.add_weighted("both", {"math": 1.0, "head": 1.0}, how="cat")
+        assert torch.equal(llama(tokens).logits, llama(tokens).logits)
+    for name in adapters:
+        adapters.train(name)
+        llama(tokens, labels=tokens).loss.backward()
+        assert all(p.grad is not None for p in lora_parameters(llama).values())
+
+
 def test_loading_while_one_trains_leaves_it_training(llama, tokens, folders):
     inject_lora(llama, LoraConfig(r=4), seed=3)
     adapters = Adapters(llama, name="mine")
@@ -265,7 +279,7 @@ def test_deleting(llama, tokens, folders, adapters):
         adapters.delete("math")
 
 
-def test_what_others_do_to_the_model_is_noticed(llama, tokens, folders, adapters):
+def test_what_others_do_to_the_model_is_noticed(llama, tokens, folders, adapters, tmp_path):
     base = llama(tokens).logits
     adapters.set("head")
     unload_lora(llama)
@@ -278,10 +292,20 @@ def test_what_others_do_to_the_model_is_noticed(llama, tokens, folders, adapters
     with pytest.raises(AdapterError, match="has an adapter that none of these"):
         adapters.set("chat")
     unload_lora(llama)
+    before = weights_of(llama)
+    adapters.set("math", "chat", "head")
+    unload_lora(llama)
+    assert same(llama, before)
     adapters.set("math")
     merge_lora(llama)
-    with pytest.raises(AdapterError, match="the base is another one"):
-        adapters.set("chat")
+    for _ in range(2):
+        with pytest.raises(AdapterError, match="the base is another one"):
+            adapters.set("chat")
+    with pytest.raises(AdapterError, match="the base is another one"), adapters.rows(["chat", "chat"]):
+        pass
+    adapters.save(tmp_path, ["chat"])
+    with pytest.warns(UserWarning, match="not the one this adapter was trained on"):
+        Adapters(llama).load("chat", tmp_path / "chat")
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda a: pickle.loads(pickle.dumps(a))], ids=["copy", "pickle"])
