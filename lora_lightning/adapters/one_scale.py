@@ -74,8 +74,6 @@ def _refuse_other(facts: AdapterFacts) -> None:
     """Raise what vLLM would say of the folder when it is asked to serve it."""
     config = facts.config
     problems = []
-    beside = ("target_parameters", "trainable_token_indices", "layer_replication")
-    problems += [f"{name}: vLLM knows adapters of layers only" for name in beside if config.get(name)]
     if config.get("use_dora"):
         problems.append('use_dora: "vLLM does not yet support DoRA." Merge the adapter instead')
     if config.get("bias", "none") != "none" or config.get("lora_bias"):
@@ -83,7 +81,7 @@ def _refuse_other(facts: AdapterFacts) -> None:
     if config.get("modules_to_save") or facts.outside:
         problems.append('modules_to_save: "vLLM only supports modules_to_save being None." Merge the adapter instead')
     others = ("target_parameters", "trainable_token_indices", "layer_replication", "alora_invocation_tokens")
-    problems += [f"{name} is not followed there" for name in others if config.get(name)]
+    problems += [f"{name}: vLLM knows plain adapters of layers only" for name in others if config.get(name)]
     if not problems and (odd := sorted(key for key in facts.keys.values() if not key.endswith(_A + _B))):
         problems.append(f"only lora_A and lora_B of layers are read there, not {', '.join(odd[:4])}")
     if problems:

@@ -21,6 +21,10 @@ CASES = [
     ("llama", {"alpha_pattern": {"v_proj": 11, "up_proj": 0.5}, "use_rslora": True, "rank_pattern": {"v_proj": 9}}),
     ("llama", {"target_modules": ["embed_tokens", "q_proj"], "rank_pattern": {"embed_tokens": 3}, "lora_alpha": 5}),
     ("llama", {"target_modules": r".*\.(q|v)_proj", "rank_pattern": {r"layers\.0\..*": 1}}),
+    (
+        "llama",
+        {"init_lora_weights": "pissa", "rank_pattern": {"q_proj": 2}, "use_rslora": True},
+    ),  # written with rank 2r
     ("gpt2", {"rank_pattern": {"c_attn": 6, "mlp.c_proj": 1}, "alpha_pattern": {"c_fc": 2}}),
 ]
 
@@ -32,11 +36,12 @@ def saved(model, folder, **options):
 
 
 @pytest.fixture
-def case(request):
+def case(request, shake):
     name, fields = request.param
     model = request.getfixturevalue(name).double()
     base = copy.deepcopy(model)
     inject_lora(model, LoraConfig(**{"r": 4, "init_lora_weights": False, **fields}))
+    shake(model)
     return base, model
 
 
@@ -100,11 +105,13 @@ def test_half_precision_adapters_lose_nothing(llama, tokens, tmp_path):
     [
         ({"use_dora": True}, "vLLM does not yet support DoRA."),
         ({"bias": "lora_only"}, "Adapter bias is not supported."),
+        ({"lora_bias": True}, "Adapter bias is not supported."),
+        ({"alora_invocation_tokens": [3, 4]}, "alora_invocation_tokens: vLLM knows plain adapters of layers only"),
         ({"modules_to_save": ["lm_head"]}, "vLLM only supports modules_to_save being None."),
     ],
 )
 def test_what_such_a_server_refuses_is_refused_here(request, tmp_path, fields, message):
-    model = request.getfixturevalue("gpt2" if "bias" in fields else "llama")
+    model = request.getfixturevalue("gpt2" if {"bias", "lora_bias"} & fields.keys() else "llama")
     inject_lora(model, LoraConfig(r=2, **fields))
     with pytest.raises(AdapterError, match=message.replace(".", r"\.")):
         save_adapter(model, tmp_path / "folded", fold_scaling=True)
