@@ -84,16 +84,17 @@ class LoraOverAttention(LoraLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As ``nn.MultiheadAttention``: the outputs, and the weights of the attention where they are asked for."""
-        with showing([*self._of_in_proj(), *_of_out_proj(self)]):
+        with showing(self._shown()):
             return super(LoraLayer, self).forward(*args, **kwargs)
 
     def extra_repr(self) -> str:
         """Rank and scale of the in-projection."""
         return f"r={self.lora_r}, scaling={self.lora_scaling:g}"
 
-    def _of_in_proj(self) -> Iterator[Shown]:
+    def _shown(self) -> Iterator[Shown]:
         if self.lora_enabled:
             yield self, "in_proj_weight", self.lora_shown()["weight"]
+        yield from _of_out_proj(self)
 
 
 class LoraMultiheadAttention(LoraOverAttention, nn.MultiheadAttention):  # type: ignore[misc]  # forward takes more

@@ -5,6 +5,7 @@ For adapters that were cut out of a model trained in full, whose biases had move
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -82,8 +83,9 @@ class BiasLinear(BiasOverLinear, nn.Linear):
 class BiasOverConv(BiasLayer, LoraOverConv):
     """Over a convolution that has a forward of its own."""
 
-    def _shown(self, weight: Tensor) -> list[Shown]:
-        return [*super()._shown(weight), (self, "bias", self.lora_whole_bias())]
+    def _shown(self, *, updated: bool) -> Iterator[Shown]:
+        yield from super()._shown(updated=updated)
+        yield self, "bias", self.lora_whole_bias()
 
 
 class BiasConv(BiasOverConv, LoraConv):

@@ -9,6 +9,7 @@ group are made of that group's ``r/g`` rows of ``A``.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, ClassVar, cast
 
 import torch
@@ -115,22 +116,23 @@ class LoraOverConv(LoraLayer):
         own = super(LoraLayer, self).forward
         if not self.lora_enabled:
             return own(*args, **kwargs)
-        weight = self.lora_scaled(self.weight + self.lora_weight_delta().to(self.weight.dtype))
         if not self._active_dropout:
-            with showing(self._shown(weight)):
+            with showing(self._shown(updated=True)):
                 return own(*args, **kwargs)
-        base = self.lora_scaled(self.weight)
-        with showing(self._shown(base)):
+        with showing(self._shown(updated=False)):
             out = own(*args, **kwargs)
-        x = F.dropout(input_of(self, out, args, kwargs), self._active_dropout)
-        args, kwargs = ((x, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): x})
-        with showing(self._shown(weight)):
-            dropped = own(*args, **kwargs)
-        with showing(self._shown(base)):
-            return out + (dropped - own(*args, **kwargs))
+        x = input_of(self, out, args, kwargs)
+        dropped = F.dropout(x, self._active_dropout)
+        args = tuple(dropped if each is x else each for each in args)
+        kwargs = {name: dropped if each is x else each for name, each in kwargs.items()}
+        with showing(self._shown(updated=False)):
+            straight = own(*args, **kwargs)
+        with showing(self._shown(updated=True)):
+            return out + (own(*args, **kwargs) - straight)
 
-    def _shown(self, weight: Tensor) -> list[Shown]:
-        return [(self, "weight", weight)]
+    def _shown(self, *, updated: bool) -> Iterator[Shown]:
+        weight = (self.weight + self.lora_weight_delta()).to(self.weight.dtype) if updated else self.weight
+        yield self, "weight", self.lora_scaled(weight)
 
 
 class LoraConv(LoraOverConv):

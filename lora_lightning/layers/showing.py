@@ -22,6 +22,10 @@ def showing(values: Iterable[Shown]) -> Iterator[None]:
 
     A parameter stays registered, and with it names, hooks and ties: the instance's attribute only comes before it.
 
+    Args:
+        values: Best a generator: what it reads of the modules to make its values is then what they have, and not what
+            another thread shows in them.
+
     >>> layer = nn.Linear(1, 1, bias=False)
     >>> with showing([(layer, "weight", torch.full((1, 1), 3.0))]):
     ...     layer(torch.ones(1))
