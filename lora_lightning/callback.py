@@ -25,6 +25,7 @@ from lora_lightning.config import LoraConfig
 from lora_lightning.errors import LoraConfigError
 from lora_lightning.injection import LoraReport, freeze_rest, lora_parameters, report_of
 from lora_lightning.injection.inject import default_seed, inject_ahead
+from lora_lightning.injection.starts.residual import settle_again
 from lora_lightning.injection.state import (
     Injected,
     adapter_tensors,
@@ -229,6 +230,7 @@ class LoraCallback(pl.Callback):
             keep_freed_memory()
         _state_of(trainer).begin_fit()
         target = self._target(pl_module)
+        settle_again(layer for _, layer in lora_layers(target))
         if self._still:
             self._still = freeze_statistics(target)  # a strategy may have put others in their place
         asleep = 0

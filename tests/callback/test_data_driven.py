@@ -4,6 +4,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
 
 from lora_lightning import (
     LoraCallback,
@@ -32,6 +33,14 @@ class _Seen(pl.Callback):
         if self.first is None:
             self.first = {name: value.clone() for name, value in lora_state_dict(pl_module).items()}
         self.batches.append(batch[0].clone())
+
+
+def uneven():
+    """A network whose later layers have inputs along one direction, so that EVA gives the first one most ranks."""
+    torch.manual_seed(5)
+    net = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 2))
+    net[0].weight.data = torch.outer(torch.randn(16), torch.randn(8)) + 1e-3 * torch.randn(16, 8)
+    return net
 
 
 def fit(make_trainer, module, *callbacks, ckpt_path=None, **options):
@@ -63,12 +72,18 @@ def test_the_preset_is_all_that_a_user_writes(how, make_trainer, module_class):
     assert all(torch.equal(value, base[name]) for name, value in module.net.state_dict().items())
 
 
-@pytest.mark.parametrize("how", [*DRIVEN, "pissa", "mica"])
-def test_a_resumed_run_ends_as_the_uninterrupted_one(how, make_trainer, module_class, tmp_path):
+@pytest.mark.parametrize(
+    ("how", "precision"), [*((how, "32-true") for how in (*DRIVEN, "mica")), ("pissa", "bf16-true")]
+)
+def test_a_resumed_run_ends_as_the_uninterrupted_one(how, precision, make_trainer, module_class, tmp_path):
+    fields = {"r": 2, "eva_config": {"rho": 4.0}} if how == "eva" else {}
+    plain = uneven() if how == "eva" else None
+
     def run(folder, ckpt_path=None):
-        module = module_class()
+        module = module_class(uneven() if how == "eva" else None)
         saves = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
-        fit(make_trainer, module, lora(how), saves, max_epochs=3, default_root_dir=folder, ckpt_path=ckpt_path)
+        options = {"max_epochs": 3, "default_root_dir": folder, "precision": precision}
+        fit(make_trainer, module, lora(how, **fields), saves, ckpt_path=ckpt_path, **options)
         return module
 
     whole = run(tmp_path / "whole")
@@ -78,9 +93,13 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(how, make_trainer, module_c
     resumed = run(tmp_path / "resumed", checkpoint)
     for (name, one), (_, other) in zip(whole.state_dict().items(), resumed.state_dict().items(), strict=True):
         assert torch.equal(one, other), name
-    loaded = load_from_checkpoint(module_class, tmp_path / "whole" / "epoch=2.ckpt")
-    x = torch.randn(4, 8)
-    assert torch.equal(loaded.net(x), whole.net.eval()(x))
+    ranks = {layer.lora_r for _, layer in lora_layers(whole)}
+    assert ranks == ({1, 4} if how == "eva" else {1})
+    loaded = load_from_checkpoint(module_class, tmp_path / "whole" / "epoch=2.ckpt", net=plain)
+    x = torch.randn(4, 8, dtype=whole.net[0].weight.dtype)
+    torch.testing.assert_close(
+        loaded.to(x.dtype).net(x), whole.net.eval()(x), atol=0.05 * (precision != "32-true"), rtol=0
+    )
 
 
 def test_a_second_trainer_goes_on_where_the_first_ended(make_trainer, module_class, tmp_path):

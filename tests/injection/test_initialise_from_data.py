@@ -57,12 +57,14 @@ def peft_eva(model, given, **fields):
     return theirs
 
 
-@pytest.mark.parametrize("options", [{}, {"rho": 1.0}, {"use_label_mask": False}, {"adjust_scaling_factors": False}])
-@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize(
+    ("options", "rslora"),
+    [({}, True), ({"rho": 1.0}, False), ({"use_label_mask": False}, False), ({"adjust_scaling_factors": False}, True)],
+)
 def test_eva_is_pefts(llama, options, rslora, tmp_path):
     import peft
 
-    given = batches(4)
+    given, options = batches(3), {"tau": 0.9, **options}
     fields = {"r": 8, "lora_alpha": 16, "target_modules": ALL, "use_rslora": rslora}
     theirs = peft_eva(copy.deepcopy(llama), given, eva_config=peft.tuners.lora.EvaConfig(**options), **fields)
     inject_lora(llama, LoraConfig(init_lora_weights="eva", eva_config=options, **fields))

@@ -7,7 +7,7 @@ else: a changed layer's weight takes its size once more in the machine's memory,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -71,6 +71,17 @@ def settle_weight(layer: LoraLayer) -> None:
     here.copy_(part_like(before, layer.weight).to(here.device, exact) - taken)
 
 
+def settle_again(layers: Iterable[LoraLayer]) -> None:
+    """The same once devices or dtypes have changed, so that a run that goes on from a checkpoint has the same weights.
+
+    Left as they are where an engine has flattened them meanwhile.
+    """
+    for layer in layers:
+        before = weight_before(layer)
+        if before is not None and before.shape == layer.weight.shape:
+            settle_weight(layer)
+
+
 @torch.no_grad()
 def replace_weight(layer: LoraLayer, weight: Tensor) -> None:
     """Give a layer another weight ``(out, in)``, the whole of it, and keep the base's."""
@@ -125,8 +136,8 @@ def part_like(value: Tensor, weight: Tensor) -> Tensor:
     """This process's part of the whole value of a weight."""
     if value.shape != weight.shape:
         raise AdapterError(
-            f"a weight that was {tuple(value.shape)} when its adapter began is {tuple(weight.shape)} now: an engine has "
-            "flattened or split it since. Use strategy='ddp', or a start that leaves the base as it is"
+            f"a weight that was {tuple(value.shape)} when its adapter began is {tuple(weight.shape)} now: an engine "
+            "has flattened or split it since. Use strategy='ddp', or a start that leaves the base as it is"
         )
     return local(spread_like(value, weight))
 
