@@ -122,8 +122,8 @@ def _in_full(parts: Mapping[str, Held]) -> dict[str, Tensor]:
         if twice := sorted(found.keys() & held.full.keys()):
             others = [other for other, each in parts.items() if twice[0] in each.full and other != name]
             raise AdapterError(
-                f"{name} and {others[0]} both train {', '.join(twice[:4])} in full (modules_to_save or bias), which "
-                "cannot be summed"
+                f"{name} and {others[0]} both have values of their own for {', '.join(twice[:4])} (modules_to_save, "
+                "bias, running statistics), which cannot be summed"
             )
         found |= held.full
     return found

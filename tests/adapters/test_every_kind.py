@@ -125,3 +125,32 @@ def by_rows(adapters, x):
     expected.append(outputs(adapters.model, x)[1])
     with adapters.rows(["special", "plain"]):
         torch.testing.assert_close(outputs(adapters.model, x), torch.stack(expected), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_running_statistics_belong_to_the_adapter_with_which_they_moved(tmp_path):
+    torch.manual_seed(2)
+    model = Images().double().eval()
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    base, adapters = outputs(model, x), Adapters(model)
+    expected = {}
+    for name in ("still", "moved", "more"):
+        adapters.add(name, LoraConfig(r=2, target_modules=["conv"], init_lora_weights=False), seed=1)
+        if name != "still":
+            model.train()
+            outputs(model, x + len(name))
+            model.eval()
+        expected[name] = outputs(model, x)
+    assert not torch.allclose(expected["still"], expected["moved"])
+    for name in ("still", "more", "moved"):
+        adapters.set(name)
+        assert torch.equal(outputs(model, x), expected[name])
+    with adapters.rows(["still", "more"]):
+        rows = torch.stack([expected["still"][0], expected["more"][1]])
+        torch.testing.assert_close(outputs(model, x), rows, rtol=1e-10, atol=1e-10)
+    adapters.set("still", "moved")
+    assert not torch.equal(model.norm.running_mean, torch.zeros(4, dtype=torch.float64))
+    with pytest.raises(AdapterError, match=r"both have values of their own for norm\.num_batches_tracked"):
+        adapters.set("more", "moved")
+    adapters.disable()
+    assert torch.equal(outputs(model, x), base)
