@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lora_lightning.adapters.distributed import is_distributed, read_distributed
 from lora_lightning.adapters.files import damage_of
 from lora_lightning.adapters.folder import AdapterFacts, describe, write_folder
-from lora_lightning.adapters.joined import with_starts
+from lora_lightning.adapters.joined import joined, with_starts
+from lora_lightning.adapters.one_scale import with_one_scale
 from lora_lightning.adapters.zero import is_zero, read_whole
 from lora_lightning.errors import AdapterError, did_you_mean
 from lora_lightning.injection.state import record_of, the_root
@@ -113,6 +114,7 @@ def adapter_from_checkpoint(
     *,
     name: str = "default",
     overwrite: bool = False,
+    fold_scaling: bool = False,
 ) -> Path:
     """Write the adapter folder of a checkpoint, without the base model.
 
@@ -121,6 +123,7 @@ def adapter_from_checkpoint(
         folder: Where to; None makes ``NAME-adapter`` beside ``NAME.ckpt``.
         name: Which adapter, where the run had several.
         overwrite: Replace an adapter that is in the folder already.
+        fold_scaling: As :func:`save_adapter` has it, for servers that know one scale alone.
 
     Returns:
         The folder.
@@ -139,4 +142,6 @@ def adapter_from_checkpoint(
     if absent := sorted(set(wanted) - checkpoint["state_dict"].keys()):
         raise AdapterError(f"{path} describes the adapter {name!r} and lacks values of it: {', '.join(absent[:4])}")
     state: dict[str, Tensor] = {key: checkpoint["state_dict"][key] for key in wanted}
+    if fold_scaling:
+        facts, state = with_one_scale(facts, joined(state))
     return write_folder(facts, state, folder or path.with_name(f"{path.stem}-adapter"), overwrite=overwrite)

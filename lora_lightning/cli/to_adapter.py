@@ -26,12 +26,13 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
     parser.add_argument("checkpoint", type=Path, help="a .ckpt file of a run with LoRA")
     parser.add_argument("folder", type=Path, nargs="?", help="where (default: <checkpoint>-adapter beside it)")
     parser.add_argument("--name", default="default", help="which adapter, where the run had several")
+    parser.add_argument("--fold-scaling", action="store_true", help="one scale for all layers, as vLLM wants it")
     chosen = parser.parse_args(arguments)
     folder = chosen.folder or chosen.checkpoint.with_name(f"{chosen.checkpoint.stem}-adapter")
     with told():
         from lora_lightning.adapters import adapter_from_checkpoint  # torch: not for --help
 
-        made = adapter_from_checkpoint(chosen.checkpoint, folder, name=chosen.name)
+        made = adapter_from_checkpoint(chosen.checkpoint, folder, name=chosen.name, fold_scaling=chosen.fold_scaling)
     saved = adapter_of_run(chosen.checkpoint, chosen.name)
     if not copy_tokenizer(saved, made):
         print(

@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_lightning import AdapterError, LoraConfig, inject_lora, load_adapter, save_adapter
+from lora_lightning import AdapterError, LoraConfig, inject_lora, load_adapter, lora_state_dict, save_adapter
+from lora_lightning.adapters import adapter_from_checkpoint
+from lora_lightning.adapters.checkpoint import CHECKPOINT_KEY, FORMAT, checkpoint_entry
 
 CASES = [
     ("llama", {}),
@@ -116,3 +118,16 @@ def test_what_such_a_server_refuses_is_refused_here(request, tmp_path, fields, m
     with pytest.raises(AdapterError, match=message.replace(".", r"\.")):
         save_adapter(model, tmp_path / "folded", fold_scaling=True)
     assert not (tmp_path / "folded").exists()
+
+
+@pytest.mark.parametrize("start", [False, "pissa"])
+def test_a_checkpoint_gives_the_same_folder(llama, shake, tmp_path, start):
+    fields = {"rank_pattern": {"q_proj": 2}, "use_rslora": True, "init_lora_weights": start}
+    inject_lora(llama, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **fields))
+    shake(llama)
+    entry = {CHECKPOINT_KEY: {"format": FORMAT, "adapters": {"default": checkpoint_entry(llama, None)}}}
+    torch.save({"state_dict": dict(lora_state_dict(llama))} | entry, tmp_path / "end.ckpt")
+    made = adapter_from_checkpoint(tmp_path / "end.ckpt", fold_scaling=True)
+    folder = save_adapter(llama, tmp_path / "saved", fold_scaling=True)
+    for path in folder.iterdir():
+        assert (made / path.name).read_bytes() == path.read_bytes()
