@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from lora_lightning.errors import LoraConfigError
 from lora_lightning.injection.names import canonical_modules
 from lora_lightning.layers.alora import ALoraLayer
 from lora_lightning.layers.invocation import Invocation
@@ -28,6 +29,19 @@ def activate(root: nn.Module, tokens: Sequence[int]) -> None:
     for _, layer in canonical_modules(root):
         if isinstance(layer, ALoraLayer):
             vars(layer)[_INVOCATION] = invocation
+
+
+def check_activation(root: nn.Module, tokens: Sequence[int] | None) -> None:
+    """See that one list of token numbers says where every layer is.
+
+    Raises:
+        LoraConfigError: If the model is an encoder-decoder, whose halves have texts of their own.
+    """
+    if tokens and getattr(getattr(root, "config", None), "is_encoder_decoder", False):
+        raise LoraConfigError(
+            f"alora_invocation_tokens is for decoders, and {type(root).__name__} is an encoder-decoder: nothing tells "
+            "its layers which of the two texts they work on"
+        )
 
 
 def deactivate(root: nn.Module) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_lightning.config import LoraConfig
 from lora_lightning.config_starts import DATA_DRIVEN, changes_base
 from lora_lightning.errors import LoraConfigError
-from lora_lightning.injection.activation import activate
+from lora_lightning.injection.activation import activate, check_activation
 from lora_lightning.injection.beside import inject_beside
 from lora_lightning.injection.fast_paths import leave_fast_paths
 from lora_lightning.injection.frozen import meant_to_train, warn_of_bare
@@ -100,6 +100,7 @@ def _inject(model: nn.Module, config: LoraConfig, seed: int, *, fill: bool = Tru
     with taken_back_on_error(replicated):
         plan = resolve(root, config, outside=model)
         refuse_starts(root, plan.targets, config)
+        check_activation(root, config.alora_invocation_tokens)
     untied = _untie(model, root, plan) if fresh else ()
     awaits_data = config.init_lora_weights in DATA_DRIVEN
     before = [name for name, p in root.named_parameters() if p.requires_grad]

@@ -137,6 +137,7 @@ def test_generation_is_that_of_peft_with_a_cache_and_needs_none(tmp_path):
     made = out[:, 8:]
     assert not any(made[row, t : t + 2].tolist() == TOKENS for row in range(5) for t in range(5))
     assert torch.equal(out, model.generate(IDS, use_cache=False, **options))
+    assert torch.equal(out, model.generate(IDS, cache_implementation="static", **options))
     with lora_disabled(model):
         assert not torch.equal(out, model.generate(IDS, **options))
 
@@ -430,4 +431,12 @@ def test_what_does_not_go_together(more, message):
     model = llama()
     with pytest.raises(LoraConfigError, match=message):
         inject_lora(model, LoraConfig(**(SETTINGS | {"alora_invocation_tokens": TOKENS} | more)))
+    assert not any("lora" in name for module in model.modules() for name in vars(module))
+
+
+def test_an_encoder_decoder_is_refused():
+    model = llama()
+    model.config.is_encoder_decoder = True
+    with pytest.raises(LoraConfigError, match="is for decoders"):
+        adapted(model)
     assert not any("lora" in name for module in model.modules() for name in vars(module))
