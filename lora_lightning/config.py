@@ -80,7 +80,9 @@ class LoraConfig:
         ensure_weight_tying: Where an embedding is adapted or trained in full, give a head that is tied to it the same.
         layer_replication: Build another stack of decoder layers from the model's own before injection: spans of layer
             numbers, as in ``[[0, 4], [2, 5]]``; copies share the base weights and have adapters of their own.
-        alora_invocation_tokens: Tokens from whose last appearance on the adapter is in force (activated LoRA).
+        alora_invocation_tokens: Tokens from whose last appearance on the adapter is in force (activated LoRA, arXiv
+            2504.12397); before it, and in texts without them, outputs are the base's. For decoders called with
+            ``input_ids``; it cannot be merged.
         loftq_config: Settings of ``"loftq"``.
         eva_config: Settings of ``"eva"``.
         corda_config: Settings of ``"corda"``.
