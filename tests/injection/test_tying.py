@@ -56,8 +56,7 @@ CASES = [*({"target_modules": names} for names in TARGETS)]
 CASES += [*({"target_modules": ["q_proj"], "modules_to_save": names} for names in FULL)]
 
 
-@pytest.mark.parametrize("ensured", [True, False])
-@pytest.mark.parametrize("fields", CASES)
+@pytest.mark.parametrize(("fields", "ensured"), [*((c, True) for c in CASES), *((CASES[i], False) for i in (0, 2, 6))])
 def test_files_travel_both_ways_with_equal_outputs(fields, ensured, tied, tokens, shake, tmp_path):
     model = _injected(tied, **fields, ensure_weight_tying=ensured)
     assert torch.equal(model(tokens).logits, tied(tokens).logits)
@@ -77,7 +76,7 @@ def test_files_travel_both_ways_with_equal_outputs(fields, ensured, tied, tokens
     assert torch.equal(loaded(tokens).logits, tied(tokens).logits)
 
 
-@pytest.mark.parametrize("fields", CASES)
+@pytest.mark.parametrize("fields", [CASES[i] for i in (0, 1, 4, 6)])
 def test_what_is_tied_has_one_gradient_and_merges(fields, tied, tokens, shake):
     model = _injected(tied, **fields, ensure_weight_tying=True)
     shake(model)

@@ -101,8 +101,8 @@ def test_files_travel_both_ways_with_equal_outputs(name, tokens, shake, tmp_path
     }
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("experts", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("experts", ["batched_mm", "grouped_mm"])
 def test_every_way_to_compute_experts_sees_the_adapter(name, experts, tokens, shake):
     model = MODELS[name](experts)
     close = {"atol": 1e-9, "rtol": 1e-9}
@@ -305,14 +305,14 @@ def test_autograd_keeps_no_sum_and_makes_it_again(tokens, monkeypatch):
     assert len(values) == 4
     assert not any(value() is not None for value in values)
     loss.backward()
-    assert len(values) == 8  # each once more
+    assert len(values) == 7  # each once more, but the first, whose input needs no gradient
     assert not any(value() is not None for value in values)
     named = lora_parameters(model)
     got = {name: parameter.grad.clone() for name, parameter in named.items()}
     model.zero_grad()
     with torch.autograd.graph.saved_tensors_hooks(lambda kept: kept, lambda kept: kept):  # not ours
         loss = model(tokens, labels=tokens).loss
-    assert sum(value() is not None for value in values[8:]) == 4
+    assert sum(value() is not None for value in values[7:]) == 3
     loss.backward()
     assert all(torch.equal(parameter.grad, got[name]) for name, parameter in named.items())
     loss = model(tokens, labels=tokens).loss
