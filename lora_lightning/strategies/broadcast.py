@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from lora_lightning.errors import AdapterError
 from lora_lightning.injection.names import canonical_modules
 from lora_lightning.injection.state import injected_roots
+from lora_lightning.layers.bits import is_quantised, values_of
 from lora_lightning.strategies.equal import differing
 
 _DDP = "_ddp_params_and_buffers_to_ignore"  # torch's name: DDP reads it off the module that it wraps
@@ -29,13 +31,19 @@ def skip_frozen(pl_module: pl.LightningModule) -> list[str]:
         What is left out, by the names that DDP knows, those that the user has set not counted.
 
     Raises:
-        AdapterError: If processes have different models.
+        AdapterError: If processes have different models, or quantised weights of different values.
     """
     include_frozen(pl_module)
     if not torch.distributed.is_initialized():
         return []
-    candidates = dict(_frozen(pl_module))
+    few = {name: values_of(parameter) for name, parameter in _in_few_bits(pl_module)}
+    candidates = {**dict(_frozen(pl_module)), **few}
     found = differing(candidates)
+    if torn := [name for name in few if name in found]:
+        raise AdapterError(
+            f"processes have different values in quantised weights, first {torn[0]}, and DDP could send these without "
+            "the scales that they are read by: let every process load the same base, made from the same seed"
+        )
     same = [name for name in candidates if name not in found]
     users = list(getattr(pl_module, _DDP, ()))
     vars(pl_module)[_OURS] = ours = [name for name in same if name not in users]
@@ -62,9 +70,16 @@ def _frozen(pl_module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if id(module) not in inside or isinstance(module, _NormBase)
         for buffer in module.buffers(recurse=False)
     }
+    few = {id(parameter) for _, parameter in _in_few_bits(pl_module)}
     for name, parameter in pl_module.named_parameters():
-        if not parameter.requires_grad and type(parameter) is nn.Parameter:
+        if not parameter.requires_grad and type(parameter) is nn.Parameter and id(parameter) not in few:
             yield name, parameter
     for name, buffer in pl_module.named_buffers():
         if id(buffer) not in moving and type(buffer) is Tensor:
             yield name, buffer
+
+
+def _in_few_bits(pl_module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Quantised weights, by the names that DDP knows."""
+    weights = {id(module.weight) for module in pl_module.modules() if is_quantised(module)}
+    yield from ((name, parameter) for name, parameter in pl_module.named_parameters() if id(parameter) in weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from torch import nn
 
@@ -71,3 +72,41 @@ def test_a_process_alone_leaves_the_module_as_it_is():
     include_frozen(module)
     assert vars(module).keys() == before.keys()
     assert not torch.distributed.is_initialized()
+
+
+FEW = """
+import lightning.pytorch as pl
+import pytest
+from torch import nn
+from torchao.quantization import Int8Tensor, PerRow
+import bitsandbytes as bnb
+from lora_lightning import AdapterError, LoraConfig, inject_lora
+from lora_lightning.strategies.broadcast import skip_frozen
+
+
+class Module(pl.LightningModule):
+    def __init__(self, shift):
+        super().__init__()
+        torch.manual_seed(1)
+        self.net = nn.Sequential(nn.Linear(64, 64), bnb.nn.Linear4bit(64, 64, quant_type="nf4"))
+        quantised = Int8Tensor.from_hp(self.net[0].weight.detach(), PerRow())
+        self.net[0].weight = nn.Parameter(quantised, requires_grad=False)
+        self.net[1].weight.data += shift * torch.arange(64)
+        self.net.to("cpu")
+
+
+module = Module(0)
+inject_lora(module, LoraConfig(r=2))
+assert {"net.0.weight", "net.1.weight"} <= set(skip_frozen(module))
+nn.parallel.DistributedDataParallel(module)  # torchao's classes could not be sent
+other = Module(rank)
+inject_lora(other, LoraConfig(r=2))
+with pytest.raises(AdapterError, match="different values in quantised weights, first net.1.weight"):
+    skip_frozen(other)
+"""
+
+
+def test_a_quantised_base_is_not_sent_and_has_to_be_the_same(processes):
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("torchao")
+    processes(FEW)
