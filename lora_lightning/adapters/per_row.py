@@ -55,7 +55,7 @@ def _twins(model: nn.Module, held: Mapping[str, Held]) -> list[tuple[nn.Module, 
     for name in found:
         if any(isinstance(modules.get(each), nn.MultiheadAttention) for each in (name, name.rpartition(".")[0])):
             raise AdapterError(
-                f"{name}: nn.MultiheadAttention reads weights and calls no layer, so that rows are one there"
+                f"{name}: nn.MultiheadAttention reads weights for all rows at once, so that none has its own adapter"
             )
     inner = [name for name in found if any(name.startswith(f"{other}.") for other in found)]
     if inner:

@@ -53,6 +53,8 @@ KINDS = {
     "heads": (llama, {"modules_to_save": ["lm_head"]}),
     "pissa": (llama, {"init_lora_weights": "pissa"}),
     "olora": (llama, {"init_lora_weights": "olora", "use_rslora": True}),
+    "mica": (llama, {"init_lora_weights": "mica"}),
+    "loftq": (llama, {"init_lora_weights": "loftq", "target_modules": ["q_proj"]}),
     "experts": (mixtral, {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj"]}),
     "tokens": (llama, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]}),
     "tied": (
@@ -63,8 +65,8 @@ KINDS = {
     "activated": (llama, {"target_modules": ["q_proj"], "alora_invocation_tokens": [7]}),
 }
 
-SUMMED = {"bias of B", "biases", "convolutions", "attention", "heads"}
-BY_ROWS = {"dora", "bias of B", "convolutions", "dora of convolutions", "heads"}
+SUMMED = {"bias of B", "biases", "convolutions", "attention", "heads", "mica"}
+BY_ROWS = {"dora", "mica", "bias of B", "convolutions", "dora of convolutions", "heads"}
 
 
 def outputs(model, x):
