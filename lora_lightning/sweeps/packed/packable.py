@@ -90,6 +90,9 @@ def _of_adapter(callbacks: Mapping[str, Any]) -> Iterator[str]:
 def _of_lora(lora: Mapping[str, Any]) -> Iterator[str]:
     if lora.get("use_dora"):
         yield "lora.use_dora: lengths of weights are not low-rank"
+    for name in ("target_parameters", "trainable_token_indices", "ensure_weight_tying", "layer_replication"):
+        if lora.get(name):
+            yield f"lora.{name}: it changes more than single layers"
     if lora.get("alora_invocation_tokens"):
         yield "lora.alora_invocation_tokens: each job's rows would be in force from other positions on"
     start = lora.get("init_lora_weights", True)
