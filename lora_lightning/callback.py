@@ -235,8 +235,9 @@ class LoraCallback(pl.Callback):
             self._still = freeze_statistics(target)  # a strategy may have put others in their place
         asleep = 0
         for _, layer in lora_layers(target):
-            asleep += not layer.training
-            layer.training = True
+            if layer.lora_drops:  # else its mode is about other things than the adapter, as an attention's own dropout
+                asleep += not layer.training
+                layer.training = True
         for _, module, originals in trained_in_full(target):
             if list(originals) != ["bias"]:  # of a layer whose bias alone trains, the rest stays as it was
                 module.training = True

@@ -40,6 +40,7 @@ class LoraOverAttention(LoraLayer):
     lora_kind = "MultiheadAttention"
     lora_base_class: ClassVar[type[nn.Module]] = nn.MultiheadAttention
     lora_starts: ClassVar[tuple[bool | str, ...]] = (True, False, "gaussian", "orthogonal")
+    lora_drops: ClassVar[bool] = False
     lora_folds = ("in_proj_weight",)
     in_proj_weight: Tensor
 

@@ -37,6 +37,7 @@ class LoraLayer(_Module):
         lora_dropout: Probability of dropping an input of ``A`` while the layer is in train mode.
         lora_enabled: False gives the base layer's output.
         lora_base_class: What a plain layer of this kind is.
+        lora_drops: Whether ``lora_dropout`` has a place in the kind at all.
         lora_starts: Which ``init_lora_weights`` the kind can begin with; None where it is any.
         lora_reads: The methods of that class whose formula a class with a forward of its own takes for known.
     """
@@ -53,6 +54,7 @@ class LoraLayer(_Module):
     lora_reads: ClassVar[tuple[str, ...]] = ("forward",)
     lora_parameter_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
     lora_starts: ClassVar[tuple[bool | str, ...] | None] = None
+    lora_drops: ClassVar[bool] = True
     lora_still: tuple[str, ...] = ()
     """Those of the adapter's parameters that do not train."""
 

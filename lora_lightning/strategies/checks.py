@@ -103,7 +103,7 @@ def check_first_step(layers: Mapping[str, LoraLayer], named: Mapping[str, nn.Par
             "their layers took no part in the loss, or something between cuts gradients off (reentrant activation "
             "checkpointing does, below frozen embeddings: use_reentrant=False). They are saved as they began"
         )
-    dropping = {name: layer for name, layer in layers.items() if layer.lora_dropout}
+    dropping = {name: layer for name, layer in layers.items() if layer.lora_dropout and layer.lora_drops}
     if asleep := [name for name, layer in dropping.items() if not layer.training]:
         rank_zero_warn(
             f"{len(asleep)} of {len(dropping)} LoRA layers are in eval mode while training, first {asleep[0]}, so that "

@@ -32,6 +32,15 @@ CONFIGS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:rank larger", "ignore:lora_dropout", "error:.*LoRA layers are in eval mode")
+def test_an_attention_in_eval_mode_keeps_its_own_dropout_off(make_trainer, module_class, tmp_path):
+    module = module_class(Seeing().eval())
+    lora = LoraCallback({"r": 2, "lora_dropout": 0.2, "target_modules": ["conv", "attn"]})
+    make_trainer(lora, max_epochs=1, default_root_dir=tmp_path).fit(module)
+    assert module.net.conv.training
+    assert not module.net.attn.training
+
+
 @pytest.mark.filterwarnings("ignore:rank larger", "ignore:lora_dropout")
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_run_of_them_goes_on_to_the_bit(kind, make_trainer, module_class, tmp_path):
