@@ -182,8 +182,10 @@ class _Gated(torch.autograd.Function):
         h, kept = activation.product(gate, up, dropped_h, dropout)
         (y,), ha = outputs_of(h, kept, dropout, layers[2:])
         ctx.dropout, ctx.activation, ctx.scalings, ctx.leading = dropout, activation, scalings, x.shape[:-1]
+        needs = needs_of(ctx.needs_input_grad[4:])
+        wants_x = any(need.weight or need.a for need in needs[:2])  # LoRA-FA freezes A
         ctx.save_for_backward(
-            x, gate, up, dropped, dropped_h, *xa, *ha, *saved(layers, True, needs_of(ctx.needs_input_grad[4:]))
+            x if wants_x else None, gate, up, dropped, dropped_h, *xa, *ha, *saved(layers, True, needs)
         )
         return shaped(y, x)
 
@@ -206,7 +208,7 @@ class _Gated(torch.autograd.Function):
         dh = dy_flat @ down.weight
         dgate, dup = ctx.activation.product_backward(dh, gate, up, acted, g, down.a, dropped_h, p)
         del dh, acted
-        x_flat = x.reshape(-1, x.shape[-1])
+        x_flat = x if x is None else x.reshape(-1, x.shape[-1])
         dx, grads = backward_of(
             [dgate, dup], x_flat, dropped, xa[:2], p, layers[:2], ctx.needs_input_grad[0], needs[:2]
         )

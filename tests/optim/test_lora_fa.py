@@ -1,10 +1,14 @@
 """LoRA-FA against PEFT's, step by step, and against the gradient that it stands for."""
 
+import copy
+
 import pytest
 import torch
 from peft.optimizers import create_lorafa_optimizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from lora_lightning import lora_parameters
+from lora_lightning import LoraConfig, inject_lora, lora_parameters
+from lora_lightning.layers.gated import LoraGated
 from lora_lightning.optim import fuse, lora_fa
 
 LINEAR = {"target_modules": ["fc1", "fc2"]}
@@ -74,3 +78,25 @@ def test_layers_keep_no_input_for_backward(lab):
         model.fc1(x)
     assert torch.Size((50, 3)) in kept
     assert torch.Size((50, 6)) not in kept
+
+
+def test_a_gated_block_keeps_no_input_either_and_its_gradients_are_right():
+    """All of a transformer's blocks: gradients of ``B`` are those with ``A`` training, to the last digits."""
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    whole = LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes)).double()
+    inject_lora(whole, LoraConfig(r=3, init_lora_weights=False), seed=1)
+    part = copy.deepcopy(whole)
+    lora_fa(part)
+    ids = torch.arange(14).view(2, 7)
+    for model in (whole, part):
+        model(ids, use_cache=False).logits.square().sum().backward()
+    for name, parameter in lora_parameters(part).items():
+        torch.testing.assert_close(parameter.grad, whole.get_parameter(name).grad, rtol=1e-9, atol=1e-12)
+    mlp = part.model.layers[0].mlp
+    assert isinstance(mlp, LoraGated)
+    x = torch.randn(2, 7, 16, dtype=torch.float64, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        mlp(x)
+    assert x.data_ptr() not in kept
