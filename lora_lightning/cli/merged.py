@@ -143,7 +143,8 @@ def _adapt(model: PreTrainedModel, place: Path, base: str, *, any_base: bool) ->
     if told is not None and told not in own and not any_base:
         raise AdapterError(
             f"{base} is not the model that {place} was trained on (its fingerprint is {own[0]}, that of the training "
-            f"{told}): name the right one with --base, or say --any-base to merge all the same"
+            f"{told}): name the right one with --base, or say --any-base to merge all the same, as an adapter that was "
+            "trained over the same base in few bits (QLoRA) is merged into that of full precision"
         )
 
 

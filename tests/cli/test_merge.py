@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from lora_lightning import LoraConfig, inject_lora, load_adapter, save_adapter
 from lora_lightning.cli import main as console
 from lora_lightning.cli import merge
+from lora_lightning.tasks import ModelConfig, load_model
 from lora_lightning.tasks.tiny_llama import write_tiny_llama
 
 TOKENS = torch.arange(40).reshape(2, 20)
@@ -133,6 +134,16 @@ def test_adapters_below_it_are_folded_in_first(base, tmp_path):
     run(folder, tmp_path / "whole")
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
     torch.testing.assert_close(logits(whole), logits(second), rtol=1e-4, atol=1e-4)
+
+
+def test_the_adapter_of_a_run_needs_no_other_word(smoke, tmp_path, capsys):
+    run(smoke[0] / "adapter", tmp_path / "whole")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    model = load_model(ModelConfig("demo:tiny-llama"), "causal_lm").eval()
+    load_adapter(model, smoke[0] / "adapter")
+    torch.testing.assert_close(logits(whole), logits(model), rtol=1e-4, atol=1e-4)
+    tokenizers = [AutoTokenizer.from_pretrained(place) for place in (tmp_path / "whole", smoke[0] / "adapter")]
+    assert tokenizers[0].chat_template == tokenizers[1].chat_template
 
 
 # ---- what does not go
