@@ -235,4 +235,6 @@ def _mark_biases(root: nn.Module, config: LoraConfig) -> None:
 
 
 def _numel(parameter: nn.Parameter) -> int:
+    if (state := getattr(parameter, "quant_state", None)) is not None:  # two values in a byte
+        return int(state.shape.numel())
     return int(getattr(parameter, "ds_numel", parameter.numel()))  # ZeRO-3 leaves a parameter empty and keeps its size

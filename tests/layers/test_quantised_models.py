@@ -64,6 +64,13 @@ def test_files_go_to_peft_and_come_back(llama, tokens, quantise, shake, tmp_path
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_parameters_are_counted_as_those_of_the_plain_model(llama, quantise, kind):
+    plain = inject_lora(copy.deepcopy(llama), QLORA)
+    few = inject_lora(quantise(llama, kind), QLORA)
+    assert (few.trainable_parameters, few.total_parameters) == (plain.trainable_parameters, plain.total_parameters)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_unloading_gives_the_base_back_to_the_bit(llama, tokens, quantise, shake, kind):
     base = quantise(llama, kind)
     with torch.no_grad():
