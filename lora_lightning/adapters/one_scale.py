@@ -39,7 +39,7 @@ def with_one_scale(facts: AdapterFacts, state: Mapping[str, Tensor]) -> tuple[Ad
     Raises:
         AdapterError: If the adapter has something that such a server refuses.
     """
-    _refuse_other(facts)
+    _refuse_other(facts, state)
     config = LoraConfig.from_dict({key: facts.config[key] for key in ("r", "lora_alpha", "use_rslora")})
     ranks, alphas = facts.config.get("rank_pattern") or {}, facts.config.get("alpha_pattern") or {}
     widest = max(state[name].shape[0] for name, key in facts.keys.items() if key.endswith(_A))
@@ -70,7 +70,12 @@ def _padded(value: Tensor, dim: int, size: int) -> Tensor:
     return torch.nn.functional.pad(value, (0, 0, 0, more) if dim == 0 else (0, more)) if more else value
 
 
-def _refuse_other(facts: AdapterFacts) -> None:
+def _of_linear(key: str, value: Tensor) -> bool:
+    """Not of a convolution, and not of an attention, whose layers PEFT's names have inside another."""
+    return key.endswith(_A + _B) and value.dim() == 2 and ".base_layer." not in key
+
+
+def _refuse_other(facts: AdapterFacts, state: Mapping[str, Tensor]) -> None:
     """Raise what vLLM would say of the folder when it is asked to serve it."""
     config = facts.config
     problems = []
@@ -82,7 +87,8 @@ def _refuse_other(facts: AdapterFacts) -> None:
         problems.append('modules_to_save: "vLLM only supports modules_to_save being None." Merge the adapter instead')
     others = ("target_parameters", "trainable_token_indices", "layer_replication", "alora_invocation_tokens")
     problems += [f"{name}: vLLM knows plain adapters of layers only" for name in others if config.get(name)]
-    if not problems and (odd := sorted(key for key in facts.keys.values() if not key.endswith(_A + _B))):
+    odd = sorted(key for name, key in facts.keys.items() if not _of_linear(key, state[name]))
+    if odd and not problems:
         problems.append(f"only lora_A and lora_B of layers are read there, not {', '.join(odd[:4])}")
     if problems:
         listed = "".join(f"\n  - {problem}" for problem in problems)

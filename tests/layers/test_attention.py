@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_lightning import (
+    AdapterError,
     LoraConfig,
     LoraConfigError,
     inject_lora,
@@ -353,6 +354,13 @@ def test_a_bias_of_b_on_an_out_projection_alone_is_seen():
     out = model.attn(x)
     merge_lora(model)
     torch.testing.assert_close(model.attn(x), out.detach(), **EXACT)
+
+
+def test_one_scale_is_for_linear_layers_alone(tmp_path):
+    model = Block()
+    _injected(model)
+    with pytest.raises(AdapterError, match=r"not base_model\.model\.attn\.base_layer\.out_proj\.lora_A"):
+        save_adapter(model, tmp_path, fold_scaling=True)
 
 
 def test_patterns_know_the_projections_by_the_attention_s_name():

@@ -411,6 +411,13 @@ def test_the_warning_of_wide_ranks_counts_the_kernel():
         inject_lora(nn.Sequential(nn.Conv2d(3, 64, 3)), LoraConfig(r=32, target_modules=["0"]))
 
 
+def test_one_scale_is_for_linear_layers_alone(tmp_path):
+    model = nn.Sequential(nn.Conv1d(4, 4, 3))
+    _injected(model)
+    with pytest.raises(AdapterError, match=r"not base_model\.model\.0\.lora_A\.weight"):
+        save_adapter(model, tmp_path, fold_scaling=True)
+
+
 def test_peft_s_norms_of_grouped_convolutions_are_told(tmp_path):
     base, x = nn.Sequential(nn.Conv1d(4, 4, 3, groups=2)), torch.randn(2, 4, 7)
     config = peft.LoraConfig(r=2, target_modules=["0"], use_dora=True, init_lora_weights=False)
