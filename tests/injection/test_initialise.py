@@ -208,6 +208,10 @@ def test_a_folder_is_for_the_untouched_base_here_and_in_peft(how, fields, tmp_pa
     torch.testing.assert_close(theirs(x), expected, atol=1e-10, rtol=1e-10)
     assert theirs.peft_config["default"].r == 8
     assert theirs.peft_config["default"].init_lora_weights is True
+    if "use_dora" not in fields:
+        save_adapter(model, tmp_path / "folded", fold_scaling=True)
+        server = peft.PeftModel.from_pretrained(net(torch.float64), tmp_path / "folded", autocast_adapter_dtype=False)
+        torch.testing.assert_close(server(x), expected, atol=1e-10, rtol=1e-10)
 
 
 def test_embeddings_beside_changed_layers_are_filled_up_with_zeros(tmp_path, shake):

@@ -75,6 +75,9 @@ def test_what_is_the_jobs_own_may_differ(own):
     [
         (["lora.use_dora=true"], "use_dora"),
         (["lora=dora"], "use_dora"),
+        (["lora.init_lora_weights=pissa_niter_4"], "changes its base"),
+        (["lora=eva"], "looks at data"),
+        (["lora=mica"], "trains A alone"),
         (["+lora.alora_invocation_tokens=[1,2]"], "alora_invocation_tokens"),
         (["optimizer=lora_fa"], "optimizer=lora_fa"),
         (["lora.modules_to_save=[lm_head]"], "trains lm_head in full"),
