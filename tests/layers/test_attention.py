@@ -303,6 +303,18 @@ def test_targets_that_match_both_the_attention_and_its_projection(targets, tmp_p
     torch.testing.assert_close(again(x)[0], theirs(x)[0], **EXACT)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("targets", TARGETS)
+def test_on_cuda(targets):
+    model, x = Block(batch_first=True).eval(), torch.randn(2, 5, 8)
+    _injected(model, targets)
+    wanted = model(x)[0]
+    model.cuda()
+    torch.testing.assert_close(model(x.cuda())[0].cpu(), wanted, rtol=1e-2, atol=1e-2)
+    with torch.no_grad():  # the fused kernel of inference
+        torch.testing.assert_close(model(x.cuda())[0].cpu(), wanted, rtol=1e-2, atol=1e-2)
+
+
 def test_siglip_s_pooling_attention_and_patches_are_pefts(tmp_path):
     from transformers import SiglipVisionConfig, SiglipVisionModel
 

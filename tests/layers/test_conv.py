@@ -377,6 +377,21 @@ def test_it_is_an_adapter_as_others_are(fields, shake):
     assert torch.equal(net(x), base_out)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"lora_bias": True}])
+def test_on_cuda(fields):
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, padding_mode="circular"), nn.Conv2d(8, 8, 3, groups=2)).double()
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    _injected(model, target_modules=["0", "1"], **fields)
+    wanted = model(x)
+    model.cuda().to(memory_format=torch.channels_last)
+    x = x.cuda().contiguous(memory_format=torch.channels_last)
+    out = model(x)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out.cpu(), wanted, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(model.bfloat16()(x.bfloat16()).double().cpu(), wanted, rtol=0.1, atol=0.1)
+
+
 def test_all_linear_means_no_convolution():
     net = Net(1, 1)
     assert [row.name for row in inject_lora(net, LoraConfig(r=2)).rows] == ["head"]
