@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -65,7 +66,8 @@ def _held(module: nn.Module) -> Invocation | None:
 
 @functools.cache
 def _takes_tokens(kind: type) -> bool:
+    forward: Any = getattr(kind, "forward", None)
     try:
-        return "input_ids" in inspect.signature(kind.forward).parameters
+        return "input_ids" in inspect.signature(forward).parameters
     except (TypeError, ValueError):
         return False

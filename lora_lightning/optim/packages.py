@@ -75,13 +75,13 @@ def adamw_8bit(
     Raises:
         LoraConfigError: If the package is not installed, or parameters are spread over processes, which it cannot step.
     """
-    package = _package("bitsandbytes", "optimizer=adamw_8bit")
     params = list(params)
     if any(isinstance(p, DTensor) for each in params for p in (each["params"] if isinstance(each, dict) else [each])):
         raise LoraConfigError(
             "bitsandbytes cannot step parameters that FSDP2 or tensor parallel spreads over processes: take "
             "optimizer=adamw, or strategy='ddp' or 'fsdp', which leave adapters whole"
         )
+    package = _package("bitsandbytes", "optimizer=adamw_8bit")
     kind = package.optim.PagedAdamW8bit if paged else package.optim.AdamW8bit
     return kind(params, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay)
 
