@@ -185,15 +185,8 @@ def _int8(old: Any, weight: Tensor) -> Tensor:
 
     rows, columns = old.block_size
     granularity: Any = PerGroup(columns) if columns < weight.shape[1] else PerRow() if rows == 1 else PerTensor()
-    return type(old).from_hp(
-        weight,
-        granularity,
-        act_quant_kwargs=old.act_quant_kwargs,
-        act_quant_scale=old.act_quant_scale,
-        act_quant_zero_point=old.act_quant_zero_point,
-        act_pre_scale=old.act_pre_scale,
-        reduce_range=old.reduce_range,
-    )
+    of_inputs = ("act_quant_kwargs", "act_quant_scale", "act_quant_zero_point", "act_pre_scale", "reduce_range")
+    return type(old).from_hp(weight, granularity, **{key: getattr(old, key) for key in of_inputs if hasattr(old, key)})
 
 
 def _intx(old: Any, weight: Tensor) -> Tensor:

@@ -34,7 +34,10 @@ def _torchao(weight, kind):
         return Int8Tensor.from_hp(weight, PerRow())
     if kind == "torchao-int4":
         return IntxUnpackedToInt8Tensor.from_hp(weight, (1, 16), torch.int4)
-    from torchao.quantization.quantize_.workflows import NF4Tensor
+    try:
+        from torchao.quantization.quantize_.workflows import NF4Tensor
+    except ImportError:  # before 0.18
+        from torchao.dtypes import NF4Tensor
 
     return NF4Tensor.from_tensor(weight, 64, 4)
 

@@ -116,7 +116,7 @@ def test_it_trains_and_its_files_are_the_plain_ones(tmp_path, rows, checkpointin
     tokens = rows[0]["input_ids"][None]
     module.eval()
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("error")  # such as that of another base
+        warnings.simplefilter("error", UserWarning)  # such as that of another base
         expected = module.model(tokens).logits
         load_adapter(again := copy.deepcopy(base), trainer.callbacks[0].adapter_path)
         torch.testing.assert_close(again.eval()(tokens).logits, expected, rtol=1e-5, atol=1e-5)
