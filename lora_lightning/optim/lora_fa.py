@@ -45,7 +45,7 @@ def lora_fa(
         pair.a.grad = None
     settings = {"lr": lr, "betas": (betas[0], betas[1]), "eps": eps, "weight_decay": weight_decay, "fused": fused}
     optimizer = AdamW(parameter_groups(model), **settings)  # type: ignore[arg-type]
-    return corrected(optimizer, _Projection(frozen), [pair.b for pair in frozen])
+    return corrected(optimizer, _Projection(frozen), [pair.b for pair in frozen if pair.b.requires_grad])
 
 
 class _Projection:

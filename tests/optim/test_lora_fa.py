@@ -100,3 +100,11 @@ def test_a_gated_block_keeps_no_input_either_and_its_gradients_are_right():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
         mlp(x)
     assert x.data_ptr() not in kept
+
+
+def test_layers_that_are_frozen_altogether_stay_out(lab):
+    model = lab.adapted(**LINEAR)
+    model.fc2.lora_B.requires_grad_(False)
+    before = model.fc2.lora_B.detach().clone()
+    lab.train(model, lora_fa(model, lr=1e-2), 2)
+    assert torch.equal(model.fc2.lora_B, before)
