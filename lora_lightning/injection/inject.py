@@ -69,7 +69,9 @@ def inject_lora(model: nn.Module, config: LoraConfig | Mapping[str, Any], *, see
     config = config if isinstance(config, LoraConfig) else LoraConfig.from_dict(config)
     with walked_once():
         report = _inject(unwrap(model), config, default_seed() if seed is None else seed)
-    if any(record_of(root).awaits_data for root in injected_roots(model).values()):
+    if config.init_lora_weights in DATA_DRIVEN and any(
+        record_of(root).awaits_data for root in injected_roots(model).values()
+    ):
         warnings.warn(
             f"init_lora_weights={config.init_lora_weights!r} begins as data show: call initialise_from_data(model, "
             "batches) before training, or the adapter begins as a plain one",
