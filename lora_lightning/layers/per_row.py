@@ -109,6 +109,11 @@ class PerRow(_Module):
     lora_stack: RowStack
     lora_twins: Mapping[str, nn.Module]
 
+    @property
+    def support_avx512bf16_for_cpu(self) -> bool:
+        """Asked by bitsandbytes before it lays a weight out anew for inference, scales rounded: the base stays."""
+        return False
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the plain layer's; rows are the first dimension."""
         if self.training:

@@ -156,3 +156,23 @@ def test_running_statistics_belong_to_the_adapter_with_which_they_moved(tmp_path
         adapters.set("more", "moved")
     adapters.disable()
     assert torch.equal(outputs(model, x), base)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_bases_in_four_bits():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(3)
+    model = nn.Sequential(bitsandbytes.nn.Linear4bit(64, 64, compute_dtype=torch.float32), nn.Tanh()).to("cpu").eval()
+    bits, x = model[0].weight.data.clone(), torch.randn(2, 5, 64)
+    expected, adapters = {}, Adapters(model)
+    for name, fields in {"one": {"r": 2}, "two": {"r": 3}, "dora": {"r": 2, "use_dora": True}}.items():
+        adapters.add(name, LoraConfig(target_modules=["0"], init_lora_weights=False, **fields))
+        expected[name] = outputs(model, x)
+    for other in ("two", "dora"):
+        with adapters.rows(["one", other]):
+            rows = torch.stack([expected["one"][0], expected[other][1]])
+            torch.testing.assert_close(outputs(model, x), rows, atol=1e-5, rtol=1e-5)
+        adapters.set(other)
+        assert torch.equal(outputs(model, x), expected[other])
+    adapters.disable()
+    assert torch.equal(model[0].weight.data, bits)  # its library would lay them out anew for inference
