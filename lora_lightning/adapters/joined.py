@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_lightning.config_starts import OWN, changes_base, start_of
+from lora_lightning.config_starts import DEFAULTS, OWN, changes_base, start_of
 from lora_lightning.injection.starts.residual import START
 
 
@@ -53,7 +53,9 @@ def joined_config(values: dict[str, Any]) -> dict[str, Any]:
     for name in ("eva_config", "corda_config", "lora_ga_config"):
         if values.get(name):
             values[name] = {key: value for key, value in values[name].items() if key not in OWN}
-    if not changes_base(start) or start == "loftq":
+    if start == "loftq":  # whose base a reader has to round in the same way; PEFT wants to be told how
+        return values | {"loftq_config": DEFAULTS["loftq"] | values["loftq_config"]}
+    if not changes_base(start):
         return values
     more = math.sqrt(2) if values["use_rslora"] else 2
     doubled = {

@@ -1,6 +1,7 @@
 """Starts from the weight: PiSSA, OLoRA, MiCA and LoftQ, beside PEFT and beside what they say of themselves."""
 
 import copy
+import json
 import pickle
 import warnings
 
@@ -362,6 +363,19 @@ def test_loftq_begins_nearer_to_the_base_than_its_rounded_weight(bits, iteration
         assert torch.equal(layer.weight, rounded)
     distance = (layer.weight + layer.lora_weight_delta() - weight).norm()
     assert distance < 0.9 * (rounded - weight).norm()
+
+
+def test_a_folder_of_loftq_is_for_the_rounded_base_and_loading_rounds_it(tmp_path, shake):
+    model, x = net(), torch.randn(5, 12)
+    inject_lora(model, LoraConfig(r=4, init_lora_weights="loftq", loftq_config={"loftq_iter": 2}))
+    shake(model)
+    save_adapter(model, tmp_path / "adapter")
+    again = net()
+    load_adapter(again, tmp_path / "adapter")
+    assert torch.equal(again(x), model(x))
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["init_lora_weights"]) == (4, "loftq")
+    assert config["loftq_config"] == {"loftq_bits": 4, "loftq_iter": 2}
 
 
 def test_a_weight_is_rounded_as_bitsandbytes_rounds_it():
