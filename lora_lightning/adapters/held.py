@@ -10,6 +10,7 @@ from re import escape
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lora_lightning.adapters.fingerprint import fingerprint
 from lora_lightning.adapters.folder import adapter_state
@@ -116,7 +117,7 @@ def take_out(model: nn.Module, *, offload: bool = True) -> Held:
 
     Args:
         model: An injected model.
-        offload: Move the low-rank parameters to the CPU.
+        offload: Move the low-rank parameters to the CPU, but those that are spread over processes.
 
     Returns:
         The adapter. Its parameters are those that the layers had; what moves to the CPU lets its gradient go.
@@ -128,7 +129,7 @@ def take_out(model: nn.Module, *, offload: bool = True) -> Held:
     unload_lora(model)
     for parameter in held.low.values():
         parameter.requires_grad_(False)
-        if offload:
+        if offload and not isinstance(parameter.data, DTensor):
             parameter.grad = None
             parameter.data = parameter.data.cpu()
     return held
