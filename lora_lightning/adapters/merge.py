@@ -19,7 +19,8 @@ from lora_lightning.injection.names import unwrap
 from lora_lightning.injection.state import lora_layers, the_root
 from lora_lightning.injection.tensors import norms, spread_like, whole
 from lora_lightning.injection.unload import remove_adapter
-from lora_lightning.layers import LoraLayer, is_quantised
+from lora_lightning.layers import LoraLayer
+from lora_lightning.layers.bits import bits_of
 
 
 @torch.no_grad()
@@ -78,7 +79,7 @@ def merge_lora(
     for own, shared in ties.copies:  # the base knew them by one name
         trains = own.requires_grad or shared.requires_grad
         own.requires_grad_(trains), shared.requires_grad_(trains)
-    few = {f"{name}.weight".lstrip(".") for name, layer in layers.items() if is_quantised(layer)}
+    few = {f"{name}.weight".lstrip(".") for name, layer in layers.items() if bits_of(layer) is not None}
     warn_of_bits([row for row in rows if row.name in few])
     difference = None if before is None else largest_difference(before, outputs_of(model, check_on))
     return MergeReport(tuple(rows), difference, ties.names)

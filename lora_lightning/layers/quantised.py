@@ -83,10 +83,12 @@ class LoraQuantised(LoraOverLinear):
     def lora_write(self, name: str, value: Tensor) -> None:
         """Quantise a value as the weight was; other tensors as they are."""
         bits = bits_of(self) if name == "weight" else None
-        if bits is None:
-            super().lora_write(name, value)
-        else:
+        if bits is not None:
             bits.like(value).put(self)
+            return
+        super().lora_write(name, value)
+        if callable(forget := getattr(getattr(self, "state", None), "reset_grads", None)):
+            forget()  # what a forward of 8 bits has made of a weight that is in float16
 
     def lora_keep(self, name: str) -> Callable[[], object]:
         """What puts a tensor back as it is now, to the bit: a weight is not written into but replaced."""
@@ -100,8 +102,10 @@ class DoraQuantised(DoraLayer, LoraQuantised):
     @classmethod
     def lora_hindrance(cls, layer: nn.Module) -> str | None:
         """The magnitudes start as norms of the weight as it will be while training."""
-        if bits_of(layer) is not None or type(layer.weight) in PLAIN:
+        if bits_of(layer) is not None:
             return None
+        if getattr(getattr(layer, "state", None), "has_fp16_weights", False):
+            return super().lora_hindrance(layer)
         return (
             "DoRA needs the norms of its weight, which is not quantised yet: move the model to its device first, "
             "which is when bitsandbytes quantises"

@@ -201,6 +201,22 @@ def test_dora_waits_for_the_weight_that_it_will_train_on():
         inject_lora(nn.Sequential(bnb.nn.Linear4bit(64, 64)), LoraConfig(r=2, use_dora=True))
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_eight_bits_made_anew_at_each_forward(dora):
+    """bitsandbytes' ``has_fp16_weights``: the weight itself is plain, its products are in 8 bits."""
+    import bitsandbytes as bnb
+
+    model = nn.Sequential(bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=True)).to("cpu").eval()
+    inject_lora(model, LoraConfig(r=2, init_lora_weights=False, use_dora=dora))
+    x = torch.randn(5, 64)
+    expected = model(x)
+    expected.sum().backward()
+    assert model[0].lora_A.grad.abs().sum() > 0
+    merge_lora(model)
+    model.requires_grad_(False)  # a weight that trains wants kernels for CUDA
+    torch.testing.assert_close(model(x), expected, rtol=0.05, atol=0.1)
+
+
 def test_adapters_of_a_layer_that_is_quantised_afterwards():
     import bitsandbytes as bnb
 
