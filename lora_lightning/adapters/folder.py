@@ -357,7 +357,8 @@ def _join(prefix: str, name: str) -> str:
 
 
 def _json(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    """Keys sorted, but for those of patterns: the first that matches counts."""
+    return (json.dumps(dict(sorted(content.items())), indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _write(path: Path, content: bytes) -> None:

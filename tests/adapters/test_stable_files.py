@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -52,6 +54,21 @@ def test_the_files_are_the_same_bytes_in_every_process(tmp_path):
     for name in FILES:
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "4242" / name).read_bytes(), name
     assert str(tmp_path) not in (tmp_path / "1" / "adapter_config.json").read_text()
+
+
+def test_of_patterns_that_overlap_the_first_still_counts(llama, tokens, tmp_path):
+    """Sorted, as PEFT's own writer has them, they would mean other ranks."""
+    bases = [copy.deepcopy(llama) for _ in range(2)]
+    ranks, alphas = {"q_proj": 3, r".*layers\.0\..*": 1}, {"v_proj": 5, r".*": 7}
+    inject_lora(llama, LoraConfig(r=2, rank_pattern=ranks, alpha_pattern=alphas, init_lora_weights=False))
+    folder = save_adapter(llama, tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert list(config) == sorted(config)
+    assert list(config["rank_pattern"]) == list(ranks)
+    load_adapter(bases[0], folder)
+    assert torch.equal(bases[0](tokens).logits, llama(tokens).logits)
+    theirs = peft.PeftModel.from_pretrained(bases[1], folder).eval()
+    torch.testing.assert_close(theirs(tokens).logits, llama(tokens).logits)
 
 
 # ---- keys
