@@ -199,7 +199,8 @@ class LoraCallback(pl.Callback):
             before_setup(trainer.strategy, functools.partial(self._begin_with_data, trainer, pl_module))
 
     def _begin_with_data(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if awaits_data(target := self._target(pl_module)):  # no checkpoint has been loaded meanwhile
+        target = self._target(pl_module)
+        if trainer.lightning_module is pl_module and awaits_data(target):  # no checkpoint has been loaded meanwhile
             begin_with_data(trainer, pl_module, target)
             self._inject_anew(trainer, pl_module)
 

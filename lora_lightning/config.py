@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -21,7 +22,7 @@ from lora_lightning.config_checks import (
     plain,
     unknown_key,
 )
-from lora_lightning.config_starts import DEFAULTS, PISSA_NITER, check_settings, check_start
+from lora_lightning.config_starts import DEFAULTS, PISSA_NITER, check_settings, check_start, idle_settings
 from lora_lightning.errors import LoraConfigError
 
 ALL_LINEAR = "all-linear"
@@ -139,6 +140,8 @@ class LoraConfig:
             self.task_type = self.task_type.upper()
         if problems := self._problems():
             raise LoraConfigError(listed("This LoRA config cannot be used", problems))
+        if idle := idle_settings(self):
+            warnings.warn(f"{idle} has no effect with init_lora_weights={self.init_lora_weights!r}", stacklevel=3)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoraConfig:

@@ -64,6 +64,12 @@ def settings_of(config: Any) -> dict[str, Any]:
     return DEFAULTS.get(start, {}) | (getattr(config, f"{start}_config", None) or {})
 
 
+def idle_settings(config: Any) -> str | None:
+    """The name of a field with settings of another start than a config's."""
+    start = start_of(config.init_lora_weights)
+    return next((f"{each}_config" for each in DEFAULTS if each != start and getattr(config, f"{each}_config")), None)
+
+
 def check_settings(start: str, given: Any) -> list[str]:
     """What is wrong with the settings of one start, a line each."""
     name, known = f"{start}_config", DEFAULTS[start]

@@ -330,6 +330,11 @@ def test_what_does_not_go_together_is_refused(fields, message):
         LoraConfig(**fields)
 
 
+def test_settings_of_another_start_are_told():
+    with pytest.warns(UserWarning, match="eva_config has no effect with init_lora_weights='pissa'"):
+        LoraConfig(init_lora_weights="pissa", eva_config={"rho": 2.0})
+
+
 def test_an_adapter_made_without_memory_begins_as_one_made_with_it(tmp_path):
     from safetensors.torch import save_file
 
