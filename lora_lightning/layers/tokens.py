@@ -33,7 +33,7 @@ class TokenRows(Showing, nn.Module):
     """
 
     trainable_tokens_delta: nn.Parameter
-    lora_sorted: Tensor
+    lora_index: Tensor
     lora_order: Tensor
     lora_tokens: list[int]
     lora_holder: nn.Module
@@ -45,9 +45,9 @@ class TokenRows(Showing, nn.Module):
         vars(self).update(lora_holder=holder, lora_tokens=list(tokens), lora_followers=list(followers))
         vars(self).update(lora_parameter="weight", lora_enabled=True)
         there = torch.device("cpu") if self.weight.is_meta else self.weight.device
-        ordered, order = torch.tensor(self.lora_tokens, device=there).sort()
-        self.register_buffer("lora_sorted", ordered, persistent=False)
-        self.register_buffer("lora_order", order, persistent=False)
+        index = torch.tensor(self.lora_tokens, device=there)
+        self.register_buffer("lora_index", index, persistent=False)
+        self.register_buffer("lora_order", index.argsort(), persistent=False)
         self.trainable_tokens_delta = nn.Parameter(self.lora_base_rows().to(adapter_dtype(self.weight)))
 
     @property
@@ -64,17 +64,18 @@ class TokenRows(Showing, nn.Module):
         """The base's own rows, ``(n, dim)``."""
         weight = self.weight.detach()
         weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
-        return weight[torch.tensor(self.lora_tokens, device=weight.device)].clone()
+        return weight[self.lora_index.to(weight.device)].clone()
 
     def lora_find(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Which tokens have a row here, and which: ``(...)`` each; where there is none, the row means nothing."""
-        ordered, order = self.lora_sorted.to(tokens.device), self.lora_order.to(tokens.device)
+        order = self.lora_order.to(tokens.device)
+        ordered = self.lora_index.to(tokens.device)[order]
         place = torch.searchsorted(ordered, tokens).clamp_(max=len(ordered) - 1)
         return ordered[place] == tokens, order[place]
 
     def lora_value(self, weight: Tensor) -> Tensor:
         """``(vocabulary, dim)``: the weight with these rows in it."""
-        index = torch.tensor(self.lora_tokens, device=weight.device)
+        index = self.lora_index.to(weight.device)
         return weight.index_copy(0, index, self.trainable_tokens_delta.to(weight.dtype))
 
     # ---- merging, as of a LoraLayer
@@ -93,9 +94,7 @@ class TokenRows(Showing, nn.Module):
         """``(vocabulary, dim)``: what the rows differ by from the base's, and zero elsewhere."""
         base = self.lora_base_rows().to(self.trainable_tokens_delta)
         delta = torch.zeros_like(self.weight, dtype=base.dtype, requires_grad=False)
-        return delta.index_copy(
-            0, torch.tensor(self.lora_tokens, device=delta.device), self.trainable_tokens_delta - base
-        )
+        return delta.index_copy(0, self.lora_index.to(delta.device), self.trainable_tokens_delta - base)
 
     def lora_unmergeable(self) -> str | None:
         """Nothing is in the way."""
@@ -152,7 +151,7 @@ class TokenLinear(LoraHolder):
             return super().forward(*args, **kwargs)
         x = args[0] if args else kwargs["input"]
         out = super(LoraHolder, self).forward(x)
-        index = torch.tensor(rows.lora_tokens, device=out.device)
+        index = rows.lora_index.to(out.device)
         bias = cast("nn.Linear", self).bias
         mine = F.linear(x, rows.trainable_tokens_delta.to(x.dtype), None if bias is None else bias[index])
         return out.index_copy(-1, index, mine.to(out.dtype))

@@ -208,3 +208,21 @@ def test_peft_refuses_an_adapted_embedding_too():
     config = peft.LoraConfig(target_modules=["embed_tokens"], trainable_token_indices=[1])
     with pytest.raises(TypeError, match="cannot be applied to modules of type"):
         peft.get_peft_model(_llama(), config)
+
+
+def test_in_one_compiled_graph():
+    model = nn.ModuleDict({"emb": nn.Embedding(9, 4), "head": nn.Linear(4, 9)}).double()
+    model["head"].weight = model["emb"].weight
+    inject_lora(model, LoraConfig(target_modules=[], trainable_token_indices={"emb": [7, 2]}))
+    rows = model["emb"].token_adapter.trainable_tokens_delta
+    with torch.no_grad():
+        rows.normal_()
+
+    def both(x):
+        return model["head"](model["emb"](x))
+
+    x = torch.tensor([[0, 2, 7]])
+    got, expected = torch.compile(both, backend="aot_eager", fullgraph=True)(x), both(x)
+    torch.testing.assert_close(got, expected, **EXACT)
+    (gradient,), (right,) = (torch.autograd.grad(out.square().sum(), [rows]) for out in (got, expected))
+    torch.testing.assert_close(gradient, right, **EXACT)
