@@ -464,7 +464,7 @@ def trainer(**options):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_prediction_and_training_with_a_trainer(llama, tokens, folders):
+def test_prediction_and_training_with_a_trainer(llama, tokens, folders, tmp_path):
     batches = torch.utils.data.DataLoader(tokens, batch_size=2)
     adapters = Adapters(Speaker(llama))
     for name in ("math", "chat"):
@@ -477,7 +477,8 @@ def test_prediction_and_training_with_a_trainer(llama, tokens, folders):
         (logits,) = trainer().predict(adapters.model, batches)
     torch.testing.assert_close(logits[0], folders["chat"][1][0], atol=1e-5, rtol=1e-5)
     adapters.train("math")
-    trainer(max_steps=1, callbacks=[LoraCallback(adapters.config("math"))]).fit(adapters.model, batches)
+    callback = LoraCallback(adapters.config("math"))
+    trainer(max_steps=1, callbacks=[callback], default_root_dir=tmp_path).fit(adapters.model, batches)
     llama.eval()
     assert adapters.active == ("math",)
     moved = llama(tokens).logits.detach()
