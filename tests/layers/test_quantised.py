@@ -132,6 +132,20 @@ def test_half_precision_inputs_and_autocast(quantised, kind):
     _close([t.float() for t in half], _gradients(plain, x), rtol=0.1, atol=0.05)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "torchao-int8"])
+def test_on_a_gpu(quantised, kind):
+    few, plain = _pair(quantised, kind, compute_dtype=torch.bfloat16, lora_dropout=0.1)
+    x = torch.randn(64, 64, device="cuda").bfloat16()
+    found = _gradients(few.to("cuda"), x)
+    assert found[2].dtype == torch.float32
+    assert few[0].lora_A.is_cuda
+    with torch.autocast("cuda", torch.bfloat16):
+        expected = _gradients(plain.to("cuda"), x)
+    for one, other in zip(found, expected, strict=True):
+        assert (one.float() - other.float()).norm() < 0.05 * other.float().norm()
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing(quantised, reentrant):
     few, _ = _pair(quantised, "nf4", lora_dropout=0.2)

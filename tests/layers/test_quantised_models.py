@@ -148,6 +148,17 @@ def test_copies_and_pickles(llama, tokens, quantise, shake, kind):
         unload_lora(twin)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "torchao-int8"])
+def test_an_activated_adapter(llama, quantise, kind):
+    base = quantise(llama, kind)
+    tokens = torch.tensor([[5, 6, 1, 2, 9, 8], [5, 6, 3, 3, 9, 8]])
+    with torch.no_grad():
+        before = base(tokens).logits
+        inject_lora(base, LoraConfig(r=4, init_lora_weights=False, alora_invocation_tokens=[1, 2]))
+        moved = (base(tokens).logits - before).abs().amax(-1) > 0
+    assert moved.tolist() == [[False, False, True, True, True, True], [False] * 6]
+
+
 def test_a_layer_in_few_bits_cannot_be_trained_in_full(llama, quantise):
     with pytest.raises(LoraConfigError, match=r"mlp cannot be trained in full: its weight is quantised"):
         inject_lora(quantise(llama, "nf4"), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["mlp"]))
