@@ -64,7 +64,8 @@ class LoraCallback(pl.Callback):
     At ``setup`` (for a network built in ``LightningModule.setup`` or ``configure_model``: right after it) the layers
     that the config names get an adapter and everything else is frozen. Optimizers see what trains, checkpoints hold
     it and nothing of the base, and at the end of ``fit`` an adapter folder that PEFT reads lies in
-    ``<trainer.log_dir>/adapter``, with another beside the best checkpoint.
+    ``<trainer.log_dir>/adapter``, with another beside the best checkpoint. Where ``init_lora_weights`` asks for data
+    (``"eva"``, ``"corda"``, ``"lora_ga"``), batches of the training data begin the adapter before the first step.
 
     Args:
         config: A :class:`LoraConfig` or a mapping of its fields. None is the balanced pattern (r=16, alpha 32, all
