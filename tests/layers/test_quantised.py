@@ -180,6 +180,24 @@ def test_what_inference_on_some_cpus_lays_otherwise_is_read_all_the_same(quantis
     assert layer.weight.quant_state.packing_format_for_cpu
 
 
+def test_a_base_that_has_been_used_for_inference_trains(quantised):
+    few = nn.Sequential(quantised(nn.Linear(64, 128), "nf4"))
+    x = torch.randn(4, 64)
+    few.eval()
+    with torch.no_grad():
+        few(x)  # which changes the layout of the weight on some CPUs
+    inject_lora(few.train(), LoraConfig(r=4, lora_alpha=8, init_lora_weights=False), seed=3)
+    plain = nn.Sequential(nn.Linear(64, 128))
+    with torch.no_grad():
+        plain[0].weight.copy_(bits_of(few[0]).numbers(torch.float32))
+        plain[0].bias.copy_(few[0].bias)
+    inject_lora(plain, LoraConfig(r=4, lora_alpha=8, init_lora_weights=False), seed=3)
+    _close(_gradients(few, x), _gradients(plain, x), rtol=0.02, atol=0.02)
+    with pytest.warns(UserWarning, match="quantised base"):
+        merge_lora(few)
+    torch.testing.assert_close(few(x), plain(x), rtol=0.5, atol=0.5)
+
+
 class _OneWay(torch.Tensor):
     """As torchao's classes for one kernel: a product with it is all that it can."""
 

@@ -116,6 +116,19 @@ def test_merging_quantises_again_and_tells_what_that_takes(llama, tokens, quanti
     assert error < {"int8": 0.1, "torchao-int8": 0.1}.get(kind, 0.9)
 
 
+@pytest.mark.parametrize("variant", ["use_dora", "lora_bias"])
+@pytest.mark.parametrize("kind", ["int8", "torchao-int8"])
+def test_other_variants_merge_too(quantised, shake, kind, variant):
+    model = nn.Sequential(quantised(nn.Linear(64, 64), kind))
+    inject_lora(model, LoraConfig(r=4, lora_alpha=8, **{variant: True}))
+    shake(model)
+    x = torch.randn(5, 64)
+    expected = model(x).detach()
+    with pytest.warns(UserWarning, match=r"quantising 1 weights again"):
+        merge_lora(model)
+    assert (model(x) - expected).norm() < 0.02 * expected.norm()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_merge_that_fails_changes_nothing(llama, tokens, quantise, shake, kind):
     base = quantise(llama, kind)
