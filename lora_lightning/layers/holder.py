@@ -54,15 +54,14 @@ class LoraHolder(nn.Module):
 
     def _traced(self, *args: Any, **kwargs: Any) -> Any:
         """The same in a graph, which knows no locks and has a say of its own in what is kept for backward."""
-        own, names = vars(self), [part.lora_parameter for part in parts_of(self) if part.lora_enabled]
-        for part in parts_of(self):
-            if part.lora_enabled:
-                own[part.lora_parameter] = part.lora_value(getattr(self, part.lora_parameter))
+        own, parts = vars(self), [part for part in parts_of(self) if part.lora_enabled]
         try:
+            for part in parts:
+                own[part.lora_parameter] = part.lora_value(getattr(self, part.lora_parameter))
             return super().forward(*args, **kwargs)
         finally:
-            for name in names:
-                own.pop(name)
+            for part in parts:
+                own.pop(part.lora_parameter, None)
 
 
 def _values(holder: nn.Module, recipes: list[Recomputed]) -> Iterator[Shown]:
