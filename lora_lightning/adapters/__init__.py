@@ -3,9 +3,10 @@
 from lora_lightning.adapters.base_weights import load_base
 from lora_lightning.adapters.checkpoint import adapter_from_checkpoint
 from lora_lightning.adapters.folder import load_adapter, read_config, read_record, save_adapter
-from lora_lightning.adapters.hub import adapter_folder, push_adapter
+from lora_lightning.adapters.hub import adapter_folder
 from lora_lightning.adapters.merge import merge_lora
 from lora_lightning.adapters.merge_report import MergeReport
+from lora_lightning.adapters.push import push_adapter
 from lora_lightning.adapters.several import Adapters
 
 __all__ = [

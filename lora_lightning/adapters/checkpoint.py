@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters.distributed import is_distributed, read_distributed
+from lora_lightning.adapters.facts import AdapterFacts, describe
 from lora_lightning.adapters.files import damage_of
-from lora_lightning.adapters.folder import AdapterFacts, describe, write_folder
+from lora_lightning.adapters.folder import write_folder
 from lora_lightning.adapters.joined import joined, with_starts
 from lora_lightning.adapters.one_scale import with_one_scale
 from lora_lightning.adapters.zero import is_zero, read_whole

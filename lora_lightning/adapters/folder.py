@@ -11,32 +11,39 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-import lora_lightning
+from lora_lightning.adapters.facts import (
+    CONFIG_FILE,
+    OUTSIDE_FILE,
+    RECORD_FILE,
+    WEIGHTS_FILE,
+    AdapterFacts,
+    adapter_state,
+    describe,
+)
 from lora_lightning.adapters.fingerprint import fingerprint
-from lora_lightning.adapters.hub import CONFIG_FILE, OUTSIDE_FILE, RECORD_FILE, WEIGHTS_FILE, adapter_folder
+from lora_lightning.adapters.hub import adapter_folder
 from lora_lightning.adapters.joined import is_start, joined
 from lora_lightning.adapters.one_scale import with_one_scale
-from lora_lightning.adapters.peft_config import from_peft_config, to_peft_config
+from lora_lightning.adapters.peft_config import from_peft_config
 from lora_lightning.adapters.peft_names import PREFIX, as_written_here, peft_names, prefix_hint
 from lora_lightning.adapters.peft_notes import warn_of_peft, without_unused
 from lora_lightning.adapters.tensor_file import is_finite, names_in, read_tensors, write_tensors
-from lora_lightning.adapters.tied_files import tied_names, tied_values, without_tied
+from lora_lightning.adapters.tied_files import tied_values, without_tied
 from lora_lightning.adapters.written import unwritten, written_aside
 from lora_lightning.config import LoraConfig
-from lora_lightning.config_starts import changes_base
 from lora_lightning.errors import AdapterError, LoraConfigError
 from lora_lightning.injection import LoraReport, freeze_base, report_of, unload_lora
 from lora_lightning.injection.attentions import meant_by
 from lora_lightning.injection.beside import token_rows
 from lora_lightning.injection.inject import inject_unfilled
 from lora_lightning.injection.matching import pattern_value
-from lora_lightning.injection.names import find_root, unwrap
+from lora_lightning.injection.names import find_root, join, unwrap
 from lora_lightning.injection.state import (
     adapter_tensors,
     injected_roots,
@@ -45,57 +52,11 @@ from lora_lightning.injection.state import (
     lora_state_dict,
     record_of,
     the_root,
-    trained_in_full,
 )
 
-_BASE_COPY = ".base_layer.weight"  # PEFT saves the base weight of an adapted embedding or head; the base has its own
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # PEFT does not save them
-_UNSAVED = (_BASE_COPY, *_STATISTICS)  # what one file has and another need not have
-
-
-@dataclass
-class AdapterFacts:
-    """All that makes an adapter folder but the values: fit for JSON, and kept in checkpoints.
-
-    Attributes:
-        config: Content of ``adapter_config.json``.
-        keys: Name below the model that was described to key in ``adapter_model.safetensors``.
-        outside: Names that belong into ``modules_outside.safetensors``.
-        record: Content of ``lora_lightning.json``.
-        tied: Further keys of a layer tied to an embedding, each with [name of the embedding's, whether transposed].
-    """
-
-    config: dict[str, Any]
-    keys: dict[str, str]
-    outside: list[str] = field(default_factory=list)
-    record: dict[str, Any] = field(default_factory=dict)
-    tied: dict[str, list] = field(default_factory=dict)
-
-
-def describe(model: nn.Module) -> AdapterFacts:
-    """The facts of an injected model's adapter, its names relative to ``model``."""
-    model = unwrap(model)
-    prefix, root = the_root(model)
-    outside = [
-        _join(name, local)
-        for name, _, originals in trained_in_full(model)
-        if not _below(name, prefix)
-        for local in originals
-    ]
-    record = record_of(root)
-    return AdapterFacts(
-        config=to_peft_config(root),
-        keys={_join(prefix, name): key for name, key in peft_names(root).items()},
-        outside=outside,
-        tied={key: [_join(prefix, name), transposed] for key, (name, transposed) in tied_names(root).items()},
-        record={
-            "version": lora_lightning.__version__,
-            "base_fingerprint": fingerprint(root),
-            "bases": list(record.bases),
-        }
-        # The file's adapter has twice the rank then: it is for the base as it was.
-        | ({"began_as": how} if changes_base(how := record.config.init_lora_weights) else {}),
-    )
+BASE_COPY = ".base_layer.weight"  # PEFT saves the base weight of an adapted embedding or head; the base has its own
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # PEFT does not save them
+_UNSAVED = (BASE_COPY, *STATISTICS)  # what one file has and another need not have
 
 
 def save_adapter(
@@ -123,14 +84,6 @@ def save_adapter(
         facts, state = with_one_scale(facts, state)
     warn_of_peft(the_root(model)[1], str(folder), written_here=True)
     return write_folder(facts, state, folder, overwrite=overwrite)
-
-
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """What goes into the folder: the root's state, and what trains outside it (nothing else around the model)."""
-    model = unwrap(model)
-    prefix, _ = the_root(model)
-    own = adapter_tensors(model).keys()
-    return {name: value for name, value in lora_state_dict(model).items() if _below(name, prefix) or name in own}
 
 
 def write_folder(
@@ -182,7 +135,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trainable:
         AdapterError: If the folder does not fit; the model is as it was then.
     """
     folder, model = adapter_folder(folder), unwrap(model)
-    config, weights = read_config(model, folder), _read_weights(folder)
+    config, weights = read_config(model, folder), read_weights(folder)
     fresh = not injected_roots(model)
     if fresh:
         try:
@@ -191,9 +144,9 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trainable:
             raise AdapterError(f"{folder} does not fit this model: {error}") from error
     try:
         prefix, root = the_root(model)
-        names = {key: _join(prefix, name) for name, key in peft_names(root).items()}
+        names = {key: join(prefix, name) for name, key in peft_names(root).items()}
         weights = without_unused(without_tied(weights, root, str(folder)), root, str(folder))
-        copies = {f"{PREFIX}{name}{_BASE_COPY}" for name, _ in (*lora_layers(root), *token_rows(root))}
+        copies = {f"{PREFIX}{name}{BASE_COPY}" for name, _ in (*lora_layers(root), *token_rows(root))}
         given = {names.get(key, key): value for key, value in weights.items() if key not in copies}
         hint = prefix_hint(*([key for key in keys if not key.endswith(_UNSAVED)] for keys in (weights, names)))
         given |= _read_outside(folder, model)
@@ -238,7 +191,7 @@ def check_folder(folder: str | os.PathLike[str]) -> dict[str, Any]:
         AdapterError: If it is no adapter folder, damaged, or holds a NaN or an infinity.
     """
     config = read_peft_config(folder)
-    _read_weights(Path(folder))
+    read_weights(Path(folder))
     return config
 
 
@@ -263,7 +216,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter folder by PEFT's names for them."""
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         hint = ""
@@ -308,7 +262,7 @@ def _check_fit(
 ) -> None:
     """Refuse a file that leaves part of the adapter out, or that means another scale than the layers have."""
     problems = []
-    if missing := sorted(name for name in own - given.keys() if not name.endswith(_STATISTICS)):
+    if missing := sorted(name for name in own - given.keys() if not name.endswith(STATISTICS)):
         problems.append(f"missing: {', '.join(missing[:4])}" + (f" and {len(missing) - 4} more" if missing[4:] else ""))
         problems += [hint] if hint else []
     layers = dict(lora_layers(root))
@@ -346,14 +300,6 @@ def warn_of_other_base(record: Mapping[str, Any], root: nn.Module, source: str) 
             else "another version of the weights, or the same ones in another precision"
         )
         warnings.warn(f"{source}: the base model is not the one this adapter was trained on ({why})", stacklevel=4)
-
-
-def _below(name: str, prefix: str) -> bool:
-    return prefix == "" or name == prefix or name.startswith(f"{prefix}.")
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lora_lightning.adapters.facts import adapter_state
 from lora_lightning.adapters.fingerprint import fingerprint
-from lora_lightning.adapters.folder import adapter_state
 from lora_lightning.adapters.peft_names import peft_names
 from lora_lightning.config import LoraConfig
 from lora_lightning.config_starts import changes_base
@@ -21,7 +21,7 @@ from lora_lightning.errors import AdapterError
 from lora_lightning.injection import freeze_base, unload_lora
 from lora_lightning.injection.inject import inject_unfilled
 from lora_lightning.injection.matching import matches
-from lora_lightning.injection.names import canonical_modules
+from lora_lightning.injection.names import canonical_modules, join
 from lora_lightning.injection.state import (
     Injected,
     load_lora_state,
@@ -96,18 +96,18 @@ def held_in(model: nn.Module) -> Held:
     prefix, root = the_root(model)
     record = record_of(root)
     layers = dict(lora_layers(model))
-    low = {_join(name, part): p for name, layer in layers.items() for part, p in layer.lora_own.items()}
+    low = {join(name, part): p for name, layer in layers.items() for part, p in layer.lora_own.items()}
     full = {name: value for name, value in adapter_state(model).items() if name not in low}
-    unmoved = [name for name, before in record.statistics.items() if _same(full.get(_join(prefix, name)), before)]
+    unmoved = [name for name, before in record.statistics.items() if _same(full.get(join(prefix, name)), before)]
     for name in unmoved:
-        del full[_join(prefix, name)]
+        del full[join(prefix, name)]
     return Held(
         record=record,
         prefix=prefix,
         layers={name: (layer.lora_r, layer.lora_scaling) for name, layer in layers.items()},
         low=low,
         full={name: value.detach().to("cpu", copy=True) for name, value in full.items()},
-        keys={_join(prefix, name): key for name, key in peft_names(root).items()},
+        keys={join(prefix, name): key for name, key in peft_names(root).items()},
         base=fingerprint(root),
     )
 
@@ -160,14 +160,14 @@ def put_in(model: nn.Module, held: Held, *, trains: bool = False) -> None:
 
 def _fill(model: nn.Module, held: Held) -> None:
     layers = dict(lora_layers(model))
-    shapes = {_join(name, part): p.shape for name, layer in layers.items() for part, p in layer.lora_own.items()}
+    shapes = {join(name, part): p.shape for name, layer in layers.items() for part, p in layer.lora_own.items()}
     if shapes != {name: p.shape for name, p in held.low.items()}:
         other = [name for name in {**shapes, **held.low} if name not in shapes or name not in held.low]
         why = f": {', '.join(sorted(other)[:4])} would be only in one of them" if other else ", which have other shapes"
         raise AdapterError(f"the adapter does not fit the layers of this model{why}")
     for name, layer in layers.items():
         for part, empty in layer.lora_own.items():
-            parameter = held.low[_join(name, part)]
+            parameter = held.low[join(name, part)]
             parameter.data = parameter.data.to(empty.device)
             setattr(layer, part, parameter)
     load_lora_state(model, lora_state_dict(model) | held.full, "the adapter")
@@ -226,7 +226,3 @@ def _whole(value: float) -> float:
 
 def _same(value: Tensor | None, before: Tensor) -> bool:
     return value is not None and torch.equal(value, before.to(value.device))
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name

@@ -20,7 +20,7 @@ from lora_lightning.errors import AdapterError
 from lora_lightning.injection.matching import pattern_value
 
 if TYPE_CHECKING:
-    from lora_lightning.adapters.folder import AdapterFacts
+    from lora_lightning.adapters.facts import AdapterFacts
 
 _A = (".lora_A.weight", ".lora_embedding_A")
 _B = (".lora_B.weight", ".lora_embedding_B")

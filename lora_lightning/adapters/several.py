@@ -15,9 +15,9 @@ from pathlib import Path
 from torch import nn
 
 from lora_lightning.adapters.combine import Combination
-from lora_lightning.adapters.folder import adapter_state, describe, load_adapter, write_folder
+from lora_lightning.adapters.facts import CONFIG_FILE, adapter_state, describe
+from lora_lightning.adapters.folder import load_adapter, write_folder
 from lora_lightning.adapters.held import Held, put_in
-from lora_lightning.adapters.hub import CONFIG_FILE
 from lora_lightning.adapters.peft_notes import warn_of_peft
 from lora_lightning.adapters.per_row import per_row
 from lora_lightning.adapters.place import Place

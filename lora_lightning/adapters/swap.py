@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from lora_lightning.adapters.folder import _BASE_COPY, _STATISTICS, _read_weights, read_config
+from lora_lightning.adapters.facts import OUTSIDE_FILE
+from lora_lightning.adapters.folder import BASE_COPY, STATISTICS, read_config, read_weights
 from lora_lightning.adapters.held import Held, explicit
-from lora_lightning.adapters.hub import OUTSIDE_FILE, adapter_folder
+from lora_lightning.adapters.hub import adapter_folder
 from lora_lightning.adapters.peft_names import PREFIX
 from lora_lightning.adapters.tensor_file import read_tensors
 from lora_lightning.config import LoraConfig
@@ -52,8 +53,8 @@ def refill(
     if problems := _other_kind(held.config, config):
         raise AdapterError(f"{path} cannot be swapped in:" + "".join(f"\n  - {line}" for line in problems))
     ours = {key: name for name, key in held.keys.items()}
-    copies = {f"{PREFIX}{held.below_root(name)}{_BASE_COPY}" for name in held.layers}
-    weights = {key: value for key, value in _read_weights(path).items() if key not in copies}
+    copies = {f"{PREFIX}{held.below_root(name)}{BASE_COPY}" for name in held.layers}
+    weights = {key: value for key, value in read_weights(path).items() if key not in copies}
     if unknown := sorted(weights.keys() - ours.keys()):
         raise AdapterError(
             f"{path} has what the adapter in place has not: {', '.join(unknown[:4])}. Swapping keeps the layers: load "
@@ -158,7 +159,7 @@ def _low_rank(
 
 
 def _in_full(held: Held, given: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    lacking = [name for name in held.full if name not in given and not name.endswith(_STATISTICS)]
+    lacking = [name for name in held.full if name not in given and not name.endswith(STATISTICS)]
     if lacking:
         raise AdapterError(f"{path} lacks what the adapter in place trains in full: {', '.join(lacking[:4])}")
     values = {name: given[name] for name in given if name not in held.low}

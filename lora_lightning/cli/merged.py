@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from lora_lightning.adapters import MergeReport, adapter_folder, load_adapter, merge_lora, read_record
+from lora_lightning.adapters.facts import WEIGHTS_FILE
 from lora_lightning.adapters.fingerprint import fingerprint
 from lora_lightning.adapters.folder import check_folder
-from lora_lightning.adapters.hub import WEIGHTS_FILE
 from lora_lightning.adapters.merge import fold_in
 from lora_lightning.adapters.merge_report import largest_difference, outputs_of
 from lora_lightning.cli.to_adapter import copy_tokenizer

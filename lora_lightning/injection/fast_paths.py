@@ -8,7 +8,7 @@ from lora_lightning.injection.names import canonical_modules
 from lora_lightning.layers import LoraLayer
 
 _KEPT = "_lora_fast_path"
-# What switches the short cut of a module off. An encoder's hands its layers nested tensors, which theirs alone can take.
+# What switches the short cut of a module off. An encoder's hands its layers nested tensors, which only theirs can take.
 _SWITCHES: tuple[tuple[type[nn.Module], str, object], ...] = (
     (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
     (nn.TransformerEncoder, "use_nested_tensor", False),

@@ -115,3 +115,21 @@ def find_root(model: nn.Module) -> tuple[str, nn.Module]:
             found.append((name, module))
             inside += (f"{name}." if name else "",)
     return found[0] if len(found) == 1 else ("", model)
+
+
+def join(prefix: str, local: str) -> str:
+    """The name of something below a module.
+
+    >>> join("model.layers.0", "weight"), join("", "weight")
+    ('model.layers.0.weight', 'weight')
+    """
+    return f"{prefix}.{local}" if prefix else local
+
+
+def is_below(name: str, prefix: str) -> bool:
+    """Whether a name is that of a module, or of something below it; of the root everything is.
+
+    >>> is_below("model.norm", "model"), is_below("models", "model"), is_below("model", "")
+    (True, False, True)
+    """
+    return prefix == "" or name == prefix or name.startswith(f"{prefix}.")

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import AdapterError
-from lora_lightning.injection.names import canonical, canonical_modules, unwrap
+from lora_lightning.injection.names import canonical, canonical_modules, join, unwrap
 from lora_lightning.injection.replicate import Replicated
 from lora_lightning.injection.starts.residual import settle_weight, starts_of
 from lora_lightning.injection.tensors import spread_like
@@ -102,9 +102,9 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers that belong to the adapter, by canonical name: low-rank ones and those trained in full."""
     found: dict[str, Tensor] = {}
     for name, layer in lora_layers(model):
-        found.update({_join(name, part): tensor for part, tensor in (layer.lora_own | starts_of(layer)).items()})
+        found.update({join(name, part): tensor for part, tensor in (layer.lora_own | starts_of(layer)).items()})
     for name, module, originals in trained_in_full(model):
-        found.update({_join(name, local): getattr(module, local) for local in originals})
+        found.update({join(name, local): getattr(module, local) for local in originals})
     return found
 
 
@@ -116,7 +116,7 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def weights_beside(model: nn.Module) -> dict[str, Tensor]:
     """The base weight of the layer that a low-rank parameter belongs to, by that parameter's canonical name."""
-    return {_join(name, part): layer.weight for name, layer in lora_layers(model) for part in layer.lora_own}
+    return {join(name, part): layer.weight for name, layer in lora_layers(model) for part in layer.lora_own}
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -193,7 +193,7 @@ def _kept(model: nn.Module, also: Collection[str] = ()) -> dict[str, tuple[nn.Mo
     kept: dict[str, tuple[nn.Module, Tensor]] = {}
     for prefix, module in canonical_modules(unwrap(model)):
         for local, value in _own_state(module).items():
-            name = _join(prefix, local)
+            name = join(prefix, local)
             inside = any(root == "" or name.startswith(f"{root}.") for root in roots)
             if name in own or name in moving or not (inside or (name in frozen and name not in also)):
                 kept[name] = (module, value)
@@ -212,7 +212,7 @@ def _own_state(module: nn.Module) -> dict[str, Tensor]:
 def _running_statistics(model: nn.Module) -> Iterator[str]:
     for name, module in canonical_modules(unwrap(model)):
         if isinstance(module, _NormBase):
-            yield from (_join(name, local) for local, _ in module.named_buffers(recurse=False))
+            yield from (join(name, local) for local, _ in module.named_buffers(recurse=False))
 
 
 def copy_statistics(root: nn.Module) -> dict[str, Tensor]:
@@ -236,18 +236,14 @@ def freeze_statistics(model: nn.Module) -> dict[str, nn.Module]:
             for name, module in canonical_modules(root)
             if isinstance(module, _NormBase) and module.track_running_stats and id(module) not in full
         }
-        record_of(root).still = frozenset(_join(name, b) for name, module in below.items() for b in module._buffers)
-        frozen |= {_join(prefix, name): module for name, module in below.items()}
+        record_of(root).still = frozenset(join(name, b) for name, module in below.items() for b in module._buffers)
+        frozen |= {join(prefix, name): module for name, module in below.items()}
     return frozen
 
 
 def still_statistics(model: nn.Module) -> set[str]:
     """Names of the running statistics that :func:`freeze_statistics` has settled."""
-    return {_join(prefix, name) for prefix, root in injected_roots(model).items() for name in record_of(root).still}
-
-
-def _join(prefix: str, local: str) -> str:
-    return f"{prefix}.{local}" if prefix else local
+    return {join(prefix, name) for prefix, root in injected_roots(model).items() for name in record_of(root).still}
 
 
 def swap(module: nn.Module, local: str, value: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lora_lightning.adapters.checkpoint import adapter_from_checkpoint, facts_of
-from lora_lightning.adapters.folder import WEIGHTS_FILE, write_folder
+from lora_lightning.adapters.facts import WEIGHTS_FILE
+from lora_lightning.adapters.folder import write_folder
 from lora_lightning.errors import AdapterError
 
 

@@ -71,7 +71,9 @@ def results():
 def test_table_tells_ratios_beside_targets():
     lines = packed_page.table(results()).splitlines()
     assert lines[0] == "3 jobs, 1 × 48 tokens a step:"
-    assert "| packed | 45 s | 0.45 | ≤ 0.5 | 12 MB | 0.30 | 24 MB | 0.30 | ≤ 0.3 | 1.0e-06 | lora.r=1: 1.0000 |" in lines
+    assert (
+        "| packed | 45 s | 0.45 | ≤ 0.5 | 12 MB | 0.30 | 24 MB | 0.30 | ≤ 0.3 | 1.0e-06 | lora.r=1: 1.0000 |" in lines
+    )
     assert any("30 s | 0.30 | ≤ 0.35" in line for line in lines)
 
 

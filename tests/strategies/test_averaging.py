@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lora_lightning import LoraCallback, LoraConfig, lora_parameters
-from lora_lightning.adapters.folder import WEIGHTS_FILE
+from lora_lightning.adapters.facts import WEIGHTS_FILE
 from lora_lightning.injection import inject_lora
 
 DECAY = 0.7
