@@ -19,8 +19,8 @@ from lora_lightning.cli.overrides import check_command
 from lora_lightning.cli.run_folder import is_first_process
 from lora_lightning.cli.sweep.command import refuse_ranks
 from lora_lightning.cli.told import told
+from lora_lightning.conf import CONFIGS
 
-CONFIGS = "pkg://lora_lightning.conf"
 Job = Callable[[DictConfig], Any]
 
 

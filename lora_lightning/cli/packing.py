@@ -29,13 +29,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lora_lightning.cli.build import Parts, can_be_kept, make_data, make_parts, make_trainer
-from lora_lightning.cli.launch import CONFIGS
+from lora_lightning.cli.group_file import GroupFile
 from lora_lightning.cli.overrides import GlobalHydraKept
-from lora_lightning.cli.packed import GroupFile
 from lora_lightning.cli.packed_places import places_for
 from lora_lightning.cli.quiet import quieten
 from lora_lightning.cli.told import show_error
 from lora_lightning.cli.training import train
+from lora_lightning.conf import CONFIGS
 from lora_lightning.data.loaded import Loaded
 from lora_lightning.data.module import DataModule
 from lora_lightning.errors import AdapterError, LoraConfigError

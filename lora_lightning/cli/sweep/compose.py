@@ -17,7 +17,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_lightning.cli.launch import CONFIGS
+from lora_lightning.conf import CONFIGS
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import LoraConfigError
 from lora_lightning.sweeps.runs import Job

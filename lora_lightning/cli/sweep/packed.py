@@ -13,7 +13,7 @@ from hydra.core.utils import JobReturn
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
-from lora_lightning.cli.packed import GroupFile, Packed
+from lora_lightning.cli.group_file import GroupFile, Packed
 from lora_lightning.cli.sweep import launch as local
 from lora_lightning.cli.sweep.again import to_go_on
 from lora_lightning.cli.sweep.command import job_command, place_of, program

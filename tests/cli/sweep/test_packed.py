@@ -16,7 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file
 
 from lora_lightning.cli import train
-from lora_lightning.cli.packed import GroupFile, Packed
+from lora_lightning.cli.group_file import GroupFile, Packed
 from lora_lightning.cli.packing import train_together
 from lora_lightning.sweeps.packed.output import Routed
 from lora_lightning.sweeps.runs import read_json

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import OmegaConf
 
-from lora_lightning.cli.packed import GroupFile
+from lora_lightning.cli.group_file import GroupFile
 from lora_lightning.cli.sweep import packed
 from lora_lightning.cli.sweep.command import place_of
 from lora_lightning.cli.sweep.compose import Composed
