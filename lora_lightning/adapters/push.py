@@ -29,7 +29,8 @@ def push_adapter(
     """Send an adapter to the Hugging Face Hub, in one commit; the repository is made if need be.
 
     Sent are the adapter's own files and the tokenizer beside them, never checkpoints or pickles, and a model card where
-    neither the folder nor the repository has one.
+    neither the folder nor the repository has one. Of the adapter that was there before nothing stays: its files that
+    this one does not have are deleted in the same commit.
 
     Args:
         source: An injected model, or an adapter folder.
@@ -57,19 +58,24 @@ def push_adapter(
 def _push(
     folder: Path, name: str, branch: str | None, private: bool | None, message: str, token: str | None, create_pr: bool
 ) -> str:
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     config = check_folder(folder)
     patterns = (*ADAPTER_FILES, *TOKENIZER_FILES, _CARD)
     paths = sorted({path for pattern in patterns for path in folder.glob(pattern)})
     files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    operations = [CommitOperationAdd(file.relative_to(folder).as_posix(), file) for file in files if file.is_file()]
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        CommitOperationAdd(file.relative_to(folder).as_posix(), file) for file in files if file.is_file()
+    ]
     api = HfApi(token=token)
     try:
         api.create_repo(name, private=private, exist_ok=True)
         if branch is not None:
             api.create_branch(name, branch=branch, exist_ok=True)
-        if not (folder / _CARD).exists() and not api.file_exists(name, _CARD, revision=branch):
+        there = api.list_repo_files(name, revision=branch)
+        left = [file for file in ADAPTER_FILES if file in there and not (folder / file).exists()]
+        operations += [CommitOperationDelete(file) for file in left]
+        if not (folder / _CARD).exists() and _CARD not in there:
             operations.append(CommitOperationAdd(_CARD, _card(name, config).encode()))
         told = api.create_commit(name, operations, commit_message=message, revision=branch, create_pr=create_pr or None)
     except Exception as error:  # as above

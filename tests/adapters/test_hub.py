@@ -161,8 +161,8 @@ def test_a_run_goes_on_from_the_hub(hub, adapter, tokens, tmp_path, argument):
 class Sent:
     """What would go to the Hub, by way of a stub of its client; files are read as that would read them."""
 
-    def __init__(self, monkeypatch, *, error=None, card=False):
-        self.calls, self.files = [], {}
+    def __init__(self, monkeypatch, *, error=None, there=()):
+        self.calls, self.files, self.deleted = [], {}, set()
         sent = self
 
         class Api:
@@ -177,12 +177,15 @@ class Sent:
             def create_branch(self, name, **how):
                 sent.calls.append(("create_branch", name, how))
 
-            def file_exists(self, name, file, revision=None):
-                return card
+            def list_repo_files(self, name, revision=None):
+                return [".gitattributes", *there]
 
             def create_commit(self, name, operations, **how):
                 sent.calls.append(("create_commit", name, how))
                 for operation in operations:
+                    if isinstance(operation, huggingface_hub.CommitOperationDelete):
+                        sent.deleted.add(operation.path_in_repo)
+                        continue
                     with operation.as_file() as file:
                         sent.files[operation.path_in_repo] = file.read()
                 return SimpleNamespace(
@@ -210,13 +213,23 @@ def test_a_folder_is_sent_with_its_tokenizer_and_a_card(adapter, monkeypatch):
 
 def test_a_model_is_sent_to_a_branch_as_a_pull_request(adapter, monkeypatch):
     _, model, folder = adapter
-    sent = Sent(monkeypatch, card=True)
+    sent = Sent(monkeypatch, there=["README.md"])
     address = push_adapter(model, "someone/headlines@trial", create_pr=True)
     assert address == "https://huggingface.co/pr/1"
     assert sent.files["adapter_model.safetensors"] == (folder / "adapter_model.safetensors").read_bytes()
     assert "README.md" not in sent.files  # there is one
     assert ("create_branch", "someone/headlines", {"branch": "trial", "exist_ok": True}) in sent.calls
     assert (sent.calls[-1][2]["revision"], sent.calls[-1][2]["create_pr"]) == ("trial", True)
+
+
+def test_nothing_stays_of_the_adapter_that_was_there(adapter, monkeypatch):
+    _, _, folder = adapter
+    (folder / "lora_lightning.json").unlink()  # as PEFT writes a folder
+    before = ["adapter_config.json", "lora_lightning.json", "modules_outside.safetensors", "README.md", "plot.png"]
+    sent = Sent(monkeypatch, there=before)
+    push_adapter(folder, "someone/headlines")
+    assert sent.deleted == {"lora_lightning.json", "modules_outside.safetensors"}
+    assert sent.files.keys() == {"adapter_config.json", "adapter_model.safetensors"}
 
 
 def test_what_is_sent_can_be_loaded_from_there(hub, adapter, tokens, monkeypatch, tmp_path):
