@@ -44,6 +44,7 @@ from lora_lightning.injection.targets import Plan, resolve
 from lora_lightning.injection.together import compute_together
 from lora_lightning.injection.tying import Untied, untie
 from lora_lightning.layers import LoraLayer, adapt
+from lora_lightning.layers.bits import keep_order
 from lora_lightning.layers.tokens import TokenRows
 
 
@@ -126,6 +127,7 @@ def _inject(model: nn.Module, config: LoraConfig, seed: int, *, fill: bool = Tru
         activate(root, config.alora_invocation_tokens)
     _mark_biases(root, config)
     leave_fast_paths(root)
+    keep_order(root)
     compute_together(root)
     if fresh:
         record = Injected(

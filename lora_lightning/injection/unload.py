@@ -28,6 +28,7 @@ from lora_lightning.injection.state import (
 )
 from lora_lightning.injection.together import compute_apart
 from lora_lightning.layers import plain_class, restore
+from lora_lightning.layers.bits import leave_order
 
 
 @contextlib.contextmanager
@@ -118,6 +119,7 @@ def remove_adapter(model: nn.Module) -> None:
     deactivate(model)
     compute_apart(model)
     take_fast_paths(model)
+    leave_order(model)
     for module in model.modules():
         vars(module).pop(ORIGINALS, None)
     for root in injected_roots(model).values():

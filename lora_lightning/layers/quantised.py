@@ -66,7 +66,7 @@ class LoraQuantised(LoraOverLinear):
 
     @property
     def support_avx512bf16_for_cpu(self) -> bool:
-        """Asked by bitsandbytes before it lays a weight out anew for inference, scales rounded: the base stays."""
+        """As :func:`~lora_lightning.layers.bits.keep_order` says, also for layers outside a model (one for some rows)."""
         return False
 
     def lora_base_output(self, x: Tensor) -> Tensor:

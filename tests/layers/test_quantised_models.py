@@ -186,3 +186,28 @@ def test_the_state_has_nothing_of_a_frozen_base_outside_the_root(llama, quantise
     around = Around().requires_grad_(False)
     inject_lora(around, QLORA)
     assert all("lora_" in name for name in lora_state_dict(around))
+
+
+@pytest.mark.parametrize("more", [{"target_modules": ["q_proj", "v_proj"]}, {"alora_invocation_tokens": [5]}])
+def test_inference_before_training_leaves_the_gradients(llama, tokens, quantise, more):
+    """On some CPUs bitsandbytes packs every layer for inference, adapted or not, and that has no gradient."""
+    base = quantise(llama, "nf4").train()
+    tokens[:, 1] = 5
+    found = []
+    for before_injection, before_training in ((False, False), (False, True), (True, True)):
+        model = copy.deepcopy(base)
+        for inference, inject in ((before_injection, True), (before_training, False)):
+            if inference:
+                with torch.no_grad():
+                    model.eval()(input_ids=tokens)
+            if inject:
+                packs = model.model.layers[0].mlp.up_proj.support_avx512bf16_for_cpu
+                inject_lora(model, LoraConfig(r=4, init_lora_weights=False, **more), seed=1)
+        model.train()(input_ids=tokens, labels=tokens).loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        unload_lora(model)
+        assert model.model.layers[0].mlp.up_proj.support_avx512bf16_for_cpu == packs
+    assert all(gradient.abs().sum() > 0 for gradient in found[0].values())
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+    # Packed before, the scales have been rounded already.
+    torch.testing.assert_close(found[2], found[0], rtol=0.05, atol=0.01)
