@@ -119,6 +119,23 @@ def pairs(model: nn.Module) -> dict[str, Pair]:
     return found
 
 
+def pairs_that_train(model: nn.Module) -> list[Pair]:
+    """The pairs of which both factors train: only such can be stepped on together.
+
+    Raises:
+        LoraConfigError: If there is none, so that nothing would set the optimizer apart from a plain one.
+    """
+    found = pairs(model).values()
+    trained = [pair for pair in found if pair.a.requires_grad and pair.b.requires_grad]
+    if not trained:
+        raise LoraConfigError(
+            f"this optimizer steps on A and B together, and of {len(found)} pairs in this {type(model).__name__} none "
+            "trains both: init_lora_weights='mica' trains A alone, lora_fa B alone, and finetuning callbacks freeze "
+            "what is to train later. Take optimizer=adamw or lora_plus, or a start that trains both"
+        )
+    return trained
+
+
 def _factors(layer: LoraLayer) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
     own = layer.lora_own
     for part, a in own.items():

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from lora_lightning.errors import LoraConfigError
 from lora_lightning.injection.tensors import whole
 from lora_lightning.optim.corrected import corrected, inverses, set_gradient
 from lora_lightning.optim.groups import Pair, pairs, parameter_groups
@@ -37,9 +38,15 @@ def lora_fa(
         fused: As of AdamW.
 
     Raises:
-        LoraConfigError: If there is no adapter.
+        LoraConfigError: If there is no adapter, or none of its ``B`` trains.
     """
     frozen = [pair for pair in pairs(model).values() if not pair.is_embedding]
+    if frozen and not any(pair.b.requires_grad for pair in frozen):
+        raise LoraConfigError(
+            f"lora_fa trains B and freezes A, and every B of this {type(model).__name__} is frozen already: "
+            "init_lora_weights='mica' trains A alone, and finetuning callbacks freeze what is to train later. Take "
+            "optimizer=adamw or lora_plus, or a start that trains B"
+        )
     for pair in frozen:
         pair.a.requires_grad_(False)
         pair.a.grad = None

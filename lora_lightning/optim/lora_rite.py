@@ -14,7 +14,7 @@ from torch.optim import AdamW, Optimizer
 
 from lora_lightning.injection.tensors import local, spread_like, whole
 from lora_lightning.optim.corrected import corrected
-from lora_lightning.optim.groups import Pair, pairs, parameter_groups
+from lora_lightning.optim.groups import Pair, pairs_that_train, parameter_groups
 
 
 def lora_rite(
@@ -36,11 +36,11 @@ def lora_rite(
         fused: As of AdamW, for what else trains.
 
     Raises:
-        LoraConfigError: If there is no adapter.
+        LoraConfigError: If there is no adapter, or none of its pairs trains both factors.
     """
     settings = {"lr": lr, "betas": (betas[0], betas[1]), "eps": eps, "weight_decay": weight_decay, "fused": fused}
     optimizer = AdamW(parameter_groups(model), **settings)  # type: ignore[arg-type]
-    trained = [pair for pair in pairs(model).values() if pair.a.requires_grad and pair.b.requires_grad]
+    trained = pairs_that_train(model)
     return corrected(optimizer, _Rite(optimizer, trained), [p for pair in trained for p in (pair.a, pair.b)])
 
 

@@ -11,7 +11,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from lora_lightning.errors import LoraConfigError
 from lora_lightning.injection.tensors import whole
 from lora_lightning.optim.corrected import corrected, inverses, set_gradient
-from lora_lightning.optim.groups import Pair, pairs, parameter_groups
+from lora_lightning.optim.groups import Pair, pairs_that_train, parameter_groups
 
 _O = TypeVar("_O", bound=Optimizer)
 
@@ -40,7 +40,7 @@ def riemannian(
         fused: As of AdamW.
 
     Raises:
-        LoraConfigError: If there is no adapter, or ``reg`` is not positive.
+        LoraConfigError: If there is no adapter, none of its pairs trains both factors, or ``reg`` is not positive.
     """
     settings = {"lr": lr, "betas": (betas[0], betas[1]), "eps": eps, "weight_decay": weight_decay, "fused": fused}
     return precondition(model, AdamW(parameter_groups(model), **settings), reg)  # type: ignore[arg-type]
@@ -85,7 +85,7 @@ def precondition(model: nn.Module, optimizer: _O, reg: float = 1e-2) -> _O:
     """
     if not reg > 0:
         raise LoraConfigError(f"reg must be positive (it keeps Bᵀ B invertible while B is zero), got {reg!r}")
-    trained = [pair for pair in pairs(model).values() if pair.a.requires_grad and pair.b.requires_grad]
+    trained = pairs_that_train(model)
     return corrected(optimizer, _Preconditioner(trained, reg), [p for pair in trained for p in (pair.a, pair.b)])
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import SGD
 
 from lora_lightning import LoraConfig, LoraConfigError, inject_lora, lora_parameters
-from lora_lightning.optim import fuse, precondition, riemannian, riemannian_sgd
+from lora_lightning.optim import fuse, lora_fa, lora_rite, precondition, riemannian, riemannian_sgd
 
 LINEAR = {"target_modules": ["fc1", "fc2"]}
 
@@ -132,3 +132,13 @@ def test_half_precision_bases_are_stepped_in_float32(lab):
     assert model.fc1.lora_A.dtype == torch.float32
     lab.train(model, riemannian(model, lr=1e-2), 2)
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("make", [riemannian, riemannian_sgd, lora_rite, lora_fa])
+def test_where_no_pair_trains_whole_it_is_told(lab, make):
+    """MiCA freezes ``B``: without pairs these would be plain AdamW or SGD, under another name."""
+    model = lab.net(torch.float32)
+    inject_lora(model, LoraConfig(r=2, init_lora_weights="mica", **LINEAR))
+    with pytest.raises(LoraConfigError, match="mica"):
+        make(model)
+    assert all(parameter.requires_grad for parameter in lora_parameters(model).values())
