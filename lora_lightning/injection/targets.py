@@ -75,11 +75,12 @@ def resolve(root: nn.Module, config: LoraConfig, outside: nn.Module | None = Non
         if id(layer) in taken:
             continue
         taken.add(id(layer))
-        r = int(pattern_value(config.rank_pattern, meant_by(name, chosen), config.r))
-        if not isinstance(layer, LoraLayer) and (reason := _hindrance(name, modules, config, r)) is not None:
-            problems.append(f"{name or 'the model'} cannot be adapted: {reason}")
+        problems += _problem(name, meant_by(name, chosen), modules, config)
         chosen[name] = layer
+    named = set(chosen)
     followers = tie(root, modules, config, chosen, in_full, problems)
+    for name in chosen.keys() - named:  # an embedding in the place of the head that was named
+        problems += _problem(name, name, modules, config)
     taken |= {id(modules[name]) for pair in followers.items() for name in pair}
     parameters = parameters_meant(modules, config, taken, problems)
     tokens = tokens_meant(root, modules, config, taken | {id(each.holder) for each in parameters}, problems)
@@ -104,6 +105,13 @@ def resolve(root: nn.Module, config: LoraConfig, outside: nn.Module | None = Non
     _warn_wide(targets)
     _warn_bare(targets, config)
     return Plan(targets, in_full, parameters, tokens, followers)
+
+
+def _problem(name: str, meant: str, modules: Mapping[str, nn.Module], config: LoraConfig) -> list[str]:
+    """A line on a layer that cannot be adapted."""
+    r = int(pattern_value(config.rank_pattern, meant, config.r))
+    reason = None if isinstance(modules[name], LoraLayer) else _hindrance(name, modules, config, r)
+    return [] if reason is None else [f"{name or 'the model'} cannot be adapted: {reason}"]
 
 
 def _hindrance(name: str, modules: Mapping[str, nn.Module], config: LoraConfig, r: int) -> str | None:

@@ -66,7 +66,7 @@ class LoraQuantised(LoraOverLinear):
 
     @property
     def support_avx512bf16_for_cpu(self) -> bool:
-        """As :func:`~lora_lightning.layers.bits.keep_order` says, also for layers outside a model (one for some rows)."""
+        """As :func:`~lora_lightning.layers.bits.keep_order` says, also for a layer that is in no model."""
         return False
 
     def lora_base_output(self, x: Tensor) -> Tensor:

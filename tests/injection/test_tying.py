@@ -147,6 +147,16 @@ def test_a_magnitude_cannot_be_tied(tied):
         inject_lora(tied, LoraConfig(target_modules=["embed_tokens"], ensure_weight_tying=True, use_dora=True))
 
 
+@pytest.mark.parametrize("variant", [{"lora_bias": True}, {"alora_invocation_tokens": [5]}])
+@pytest.mark.parametrize("named", ["embed_tokens", "lm_head"])
+def test_what_no_embedding_can_be_is_refused_before_anything_changes(variant, named, tied):
+    before = {name: (type(module), set(vars(module))) for name, module in tied.named_modules()}
+    with pytest.raises(LoraConfigError, match="embed_tokens cannot be adapted: "):
+        inject_lora(tied, LoraConfig(target_modules=[named, "q_proj"], ensure_weight_tying=True, **variant))
+    assert {name: (type(module), set(vars(module))) for name, module in tied.named_modules()} == before
+    assert all(parameter.requires_grad for parameter in tied.parameters())
+
+
 def test_a_file_whose_tied_layers_differ_is_refused(tied, shake, tmp_path):
     model = _injected(tied, target_modules=["embed_tokens"], ensure_weight_tying=True)
     shake(model)
