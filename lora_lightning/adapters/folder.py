@@ -32,7 +32,7 @@ from lora_lightning.adapters.joined import is_start, joined
 from lora_lightning.adapters.one_scale import with_one_scale
 from lora_lightning.adapters.peft_config import from_peft_config
 from lora_lightning.adapters.peft_names import PREFIX, as_written_here, peft_names, prefix_hint
-from lora_lightning.adapters.peft_notes import warn_of_peft, without_unused
+from lora_lightning.adapters.peft_notes import attentions_in, warn_of_peft, without_unused
 from lora_lightning.adapters.tensor_file import is_finite, names_in, read_tensors, write_tensors
 from lora_lightning.adapters.tied_files import tied_values, without_tied
 from lora_lightning.adapters.written import unwritten, written_aside
@@ -145,7 +145,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trainable:
     try:
         prefix, root = the_root(model)
         names = {key: join(prefix, name) for name, key in peft_names(root).items()}
-        weights = without_unused(without_tied(weights, root, str(folder)), root, str(folder))
+        weights = without_unused(without_tied(weights, root, str(folder)), attentions_in(root), str(folder))
         copies = {f"{PREFIX}{name}{BASE_COPY}" for name, _ in (*lora_layers(root), *token_rows(root))}
         given = {names.get(key, key): value for key, value in weights.items() if key not in copies}
         hint = prefix_hint(*([key for key in keys if not key.endswith(_UNSAVED)] for keys in (weights, names)))
@@ -203,7 +203,12 @@ def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 def chain_of(folder: str | os.PathLike[str]) -> tuple[str, ...]:
     """The adapters below a new one that is trained over this folder's, oldest first."""
-    return (*read_record(folder).get("bases", ()), os.fspath(folder))
+    return tuple(place_of(each) for each in (*read_record(folder).get("bases", ()), folder))
+
+
+def place_of(folder: str | os.PathLike[str]) -> str:
+    """How a chain names an adapter: a folder of this machine as an absolute path, one on the Hub by its name there."""
+    return os.path.abspath(folder) if os.path.exists(folder) else os.fspath(folder)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -286,12 +291,12 @@ def _remember(root: nn.Module, folder: Path) -> None:
     own.bases, own.source = tuple(record.get("bases", ())), str(folder.resolve())
     if not record:
         warn_of_peft(root, str(folder), written_here=False)
-    warn_of_other_base(record, root, str(folder))
+    warn_of_other_base(record, fingerprint(root), str(folder))
 
 
-def warn_of_other_base(record: Mapping[str, Any], root: nn.Module, source: str) -> None:
-    """Warn where a record's fingerprint is not that of the model."""
-    told, own = record.get("base_fingerprint"), fingerprint(root)
+def warn_of_other_base(record: Mapping[str, Any], own: str | None, source: str) -> None:
+    """Warn where a record's fingerprint is not that of the base."""
+    told = record.get("base_fingerprint")
     if told and own and told != own:
         chain = record.get("bases")
         why = (

@@ -86,8 +86,8 @@ def part_ties(
             others = [owner.name.rpartition(".")[0] for owner in owners if owner is not adapted[0]]
             raise AdapterError(
                 f"not merged: the weight of {adapted[0].name.rpartition('.')[0]} is tied to {', '.join(others)}, which "
-                f"would change with it. merge_lora(model, untie=True) gives each a copy of its own, "
-                f"{getattr(adapted[0].module, adapted[0].local).numel():,} parameters more"
+                f"would change with it. merge_lora(model, untie=True) (lora-lightning merge --untie) gives each a copy "
+                f"of its own, {getattr(adapted[0].module, adapted[0].local).numel():,} parameters more"
             )
         apart += adapted[len(adapted) == len(owners) :]  # of tensors that are all adapted, one keeps the first
     if record_of(root).untied and _ends_apart(root):  # modules trained in full

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from lora_lightning.adapters import MergeReport, adapter_folder, load_adapter, merge_lora, read_record
@@ -22,6 +22,7 @@ from lora_lightning.adapters.fingerprint import fingerprint
 from lora_lightning.adapters.folder import check_folder
 from lora_lightning.adapters.merge import fold_in
 from lora_lightning.adapters.merge_report import largest_difference, outputs_of
+from lora_lightning.adapters.peft_names import PREFIX
 from lora_lightning.cli.to_adapter import copy_tokenizer
 from lora_lightning.errors import AdapterError
 from lora_lightning.injection.state import the_root
@@ -86,6 +87,7 @@ def merge_into_folder(
     settings = ModelConfig(name, None if base else config.get("revision"), trust_remote_code=trust_remote_code)
     source = fetch_model(settings)
     model = _load(settings, source, config, _labels(place), dtype)
+    _make_room(model, place, config, trust_remote_code)
     _adapt(model, place, name, any_base=any_base)
     batch = _batch(model, place, source, text, trust_remote_code)
     before = outputs_of(model, batch)
@@ -129,6 +131,33 @@ def _labels(place: Path) -> int | None:
         return file.get_slice(heads[0]).get_shape()[0] if heads else None
 
 
+def _make_room(model: PreTrainedModel, place: Path, config: Mapping[str, Any], trust_remote_code: bool) -> None:
+    """Give the base rows for the tokens that training added to it, which the adapter and its tokenizer tell of."""
+    embedding = model.get_input_embeddings()
+    if (rows := _rows_in(place, model, embedding)) is None:  # where it is padded, more than there are tokens
+        named = config.get("trainable_token_indices") or []
+        named = [token for tokens in named.values() for token in tokens] if isinstance(named, dict) else named
+        tokenizer = _tokenizer(place, trust_remote_code)
+        rows = max([0 if tokenizer is None else len(tokenizer), *(token + 1 for token in named)])
+    if rows > embedding.weight.shape[0]:
+        model.resize_token_embeddings(rows)
+
+
+def _rows_in(place: Path, model: PreTrainedModel, embedding: nn.Module) -> int | None:
+    """How many rows a file has for the embedding, where that was trained in full."""
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    with safe_open(place / WEIGHTS_FILE, "pt") as file:
+        key = f"{PREFIX}{name}.weight"
+        return file.get_slice(key).get_shape()[0] if key in file.keys() else None  # noqa: SIM118  # not a dict
+
+
+def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    """The tokenizer in a folder, None where there is none."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
 def _adapt(model: PreTrainedModel, place: Path, base: str, *, any_base: bool) -> None:
     """Load the adapter, those that were folded in below it first, and look whether this is the base of its training."""
     record = read_record(place)
@@ -150,11 +179,9 @@ def _adapt(model: PreTrainedModel, place: Path, base: str, *, any_base: bool) ->
 
 def _batch(model: PreTrainedModel, place: Path, source: Path, text: str, trust_remote_code: bool) -> dict[str, Tensor]:
     """The text as token numbers; the first numbers there are, where there is no tokenizer."""
-    folder = next((each for each in (place, source) if (each / "tokenizer_config.json").is_file()), None)
-    if folder is not None:
-        batch = dict(
-            AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)(text, return_tensors="pt")
-        )
+    tokenizer = _tokenizer(place, trust_remote_code) or _tokenizer(source, trust_remote_code)
+    if tokenizer is not None:
+        batch = dict(tokenizer(text, return_tensors="pt"))
     else:
         batch = {"input_ids": torch.arange(16)[None] % model.config.get_text_config().vocab_size}
     if model.config.is_encoder_decoder:

@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 from torch import nn
 
 from lora_lightning.adapters import read_config
+from lora_lightning.adapters.folder import place_of
 from lora_lightning.adapters.merge import fold_in
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import LoraConfigError, did_you_mean
@@ -72,7 +73,7 @@ def fold_in_first(target: nn.Module, config: LoraConfig, folder: str) -> None:
     if not roots:
         check_config(target, config)  # before the base is changed
         fold_in(target, folder)
-    elif folder not in record_of(next(iter(roots.values()))).bases:
+    elif place_of(folder) not in record_of(next(iter(roots.values()))).bases:
         raise LoraConfigError(
             f"base_adapter={folder!r} has to be folded in before injection, and this model is injected already: "
             "call load_adapter and merge_lora ahead of inject_lora, or leave injection to the callback"

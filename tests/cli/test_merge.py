@@ -11,8 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lora_lightning import LoraConfig, inject_lora, load_adapter, save_adapter
+from lora_lightning.adapters.folder import chain_of
+from lora_lightning.adapters.merge import fold_in
 from lora_lightning.cli import main as console
 from lora_lightning.cli import merge
+from lora_lightning.injection.state import record_of, the_root
 from lora_lightning.tasks import ModelConfig, load_model
 from lora_lightning.tasks.tiny_llama import write_tiny_llama
 
@@ -101,7 +104,7 @@ def test_an_adapted_tied_head_is_untied_when_asked(base, tmp_path, capsys):
     folder = save_adapter(model, tmp_path / "adapter")
     with pytest.raises(SystemExit):
         run(folder, tmp_path / "whole")
-    assert "untie=True" in capsys.readouterr().err
+    assert "--untie" in capsys.readouterr().err
     assert not (tmp_path / "whole").exists()
     with pytest.warns(UserWarning, match="untied before merging"):
         run(folder, tmp_path / "whole", "--untie")
@@ -119,14 +122,45 @@ def test_a_classifier_keeps_its_trained_head(base, tmp_path):
     torch.testing.assert_close(logits(whole, TOKENS[:1]), logits(model, TOKENS[:1]), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("fields", "beside"),
+    [
+        ({"trainable_token_indices": [-2, -1]}, True),
+        ({"trainable_token_indices": [-2, -1]}, False),
+        ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, False),
+        ({"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}, True),
+    ],
+)
+def test_the_base_gets_rows_for_tokens_that_were_added(base, tmp_path, fields, beside):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    rows = model.config.vocab_size
+    tokenizer.add_tokens([f"<new {number}>" for number in range(rows + 2 - len(tokenizer))])
+    model.resize_token_embeddings(rows + 2)
+    if "trainable_token_indices" in fields:
+        fields = {"trainable_token_indices": [rows, rows + 1]}
+    inject_lora(model, LoraConfig(r=4, init_lora_weights=False, **fields))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    folder = save_adapter(model, tmp_path / "adapter")
+    if beside:
+        tokenizer.save_pretrained(folder)
+    run(folder, tmp_path / "whole")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    assert whole.config.vocab_size == rows + 2
+    tokens = torch.tensor([[5, rows, 7, rows + 1]]) if "target_modules" not in fields else TOKENS
+    known = rows if "target_modules" in fields else None  # what resizing draws at random is in no adapter
+    torch.testing.assert_close(
+        logits(whole, tokens)[..., :known], logits(model, tokens)[..., :known], rtol=1e-4, atol=1e-4
+    )
+
+
 def test_adapters_below_it_are_folded_in_first(base, tmp_path):
     first = adapted(base, {"target_modules": ["q_proj"]})
     below = save_adapter(first, tmp_path / "first")
     second = AutoModelForCausalLM.from_pretrained(base)
-    from lora_lightning.adapters.folder import chain_of
-    from lora_lightning.adapters.merge import fold_in
-    from lora_lightning.injection.state import record_of, the_root
-
     fold_in(second, below)
     inject_lora(second, LoraConfig(r=2, init_lora_weights=False))
     record_of(the_root(second)[1]).bases = chain_of(below)
@@ -134,6 +168,24 @@ def test_adapters_below_it_are_folded_in_first(base, tmp_path):
     run(folder, tmp_path / "whole")
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
     torch.testing.assert_close(logits(whole), logits(second), rtol=1e-4, atol=1e-4)
+
+
+def test_a_chain_of_local_folders_is_found_from_anywhere(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    second = AutoModelForCausalLM.from_pretrained(base)
+    save_adapter(adapted(base, {"target_modules": ["q_proj"]}), "runs/first")  # by its form a name on the Hub, too
+    fold_in(second, "runs/first")
+    inject_lora(second, LoraConfig(r=2, init_lora_weights=False))
+    chain = record_of(the_root(second)[1]).bases = chain_of("runs/first")
+    assert chain == (str(tmp_path / "runs" / "first"),)
+    folder = save_adapter(second, tmp_path / "second")
+    assert chain_of(folder) == (*chain, str(folder))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run(folder, "whole")
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained("whole")), logits(second), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_the_adapter_of_a_run_needs_no_other_word(smoke, tmp_path, capsys):
