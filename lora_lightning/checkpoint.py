@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from lora_lightning.adapters.checkpoint import entries_of, read_checkpoint
+from lora_lightning.adapters.fingerprint import fingerprint
 from lora_lightning.adapters.folder import warn_of_other_base
 from lora_lightning.adapters.merge import fold_in
 from lora_lightning.config import LoraConfig
@@ -72,7 +73,7 @@ def _inject(module: pl.LightningModule, entry: dict[str, Any], source: str) -> N
     inject_ahead(target, config, seed=entry["seed"])
     root = the_root(target)[1]
     record_of(root).bases = tuple(entry["record"].get("bases", ()))
-    warn_of_other_base(entry["record"], root, source)
+    warn_of_other_base(entry["record"], fingerprint(root), source)
 
 
 def _target(module: pl.LightningModule, entry: dict[str, Any]) -> nn.Module:

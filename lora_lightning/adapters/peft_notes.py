@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -65,13 +65,22 @@ def warn_of_peft(root: nn.Module, source: str, *, written_here: bool) -> None:
         warnings.warn(f"{source}: {note.fact}, so that {whose}. Layers: {listed}. {remedy}".rstrip(), stacklevel=4)
 
 
-def without_unused(weights: Mapping[str, Tensor], root: nn.Module, source: str) -> dict[str, Tensor]:
+def attentions_in(root: nn.Module) -> list[str]:
+    """Names of the attentions that are adapted as a whole."""
+    return [name for name, layer in lora_layers(root) if isinstance(layer, LoraOverAttention)]
+
+
+def without_unused(weights: Mapping[str, Tensor], attentions: Iterable[str], source: str) -> dict[str, Tensor]:
     """A file's tensors less those that PEFT writes and never uses.
 
     Where its ``target_modules`` match an attention and its ``out_proj`` both, it adapts the latter twice over, and only
     what it keeps under the attention's own name has any effect.
+
+    Args:
+        weights: Tensors by PEFT's names.
+        attentions: Names, below the root, of the attentions that are adapted as a whole.
+        source: The file or folder.
     """
-    attentions = [name for name, layer in lora_layers(root) if isinstance(layer, LoraOverAttention)]
     beginnings = tuple(f"{PREFIX}{name}.out_proj." for name in attentions)
     unused = [key for key in weights if key.startswith(beginnings)]
     if unused:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lightning.adapters.fingerprint import fingerprint
 from lora_lightning.adapters.held import Held, held_in, let_train, put_in, take_out
 from lora_lightning.adapters.summed import summed
 from lora_lightning.errors import AdapterError
 from lora_lightning.injection.names import find_root
-from lora_lightning.injection.state import injected_roots, record_of
+from lora_lightning.injection.state import injected_roots, lora_parameters, record_of
 
 
 @dataclass
@@ -24,6 +24,19 @@ class _Inside:
     names: tuple[str, ...]
     held: Held
     trains: bool
+    trained: bool = False  # since it was put in, and is not any more
+    gradients: dict[str, Tensor | None] = field(default_factory=dict)  # while it is out for a moment
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there may be values in the base's own tensors that only the model has."""
+        moving = self.held.record.statistics.keys() - self.held.record.still
+        return len(self.names) == 1 and (self.trained or self.trains_now) and bool(self.held.full or moving)
+
+    @property
+    def trains_now(self) -> bool:
+        """Whether its parameters do; those keep that where somebody else takes it off."""
+        return any(parameter.requires_grad for parameter in self.held.low.values())
 
 
 class Place:
@@ -58,8 +71,9 @@ class Place:
         """Have these in the model and no others; all or nothing."""
         if len(set(names)) < len(names):
             raise AdapterError(f"each adapter is in the sum once, got {', '.join(names)}")
-        self._settle(same_base=True)
+        self.settle(same_base=True)
         if self._inside is not None and self._inside.names == names:
+            self._inside.trained |= self._inside.trains_now
             let_train(self.model, trains)
             return
         with torch.inference_mode(False):  # what moves here may be wanted in training later
@@ -76,7 +90,7 @@ class Place:
     @contextlib.contextmanager
     def emptied(self) -> Iterator[None]:
         """The plain base inside the ``with`` block; what was in it is in it again afterwards."""
-        self._settle()
+        self.settle()
         with torch.inference_mode(False):
             before = self._take_out(offload=False)
             try:
@@ -87,7 +101,7 @@ class Place:
     @contextlib.contextmanager
     def lent(self) -> Iterator[None]:
         """The same for somebody who computes with it: nothing may be put in meanwhile."""
-        self._settle(same_base=True)
+        self.settle(same_base=True)
         before = self._take_out(offload=False)
         self._lent = True
         try:
@@ -104,7 +118,8 @@ class Place:
         now, self._inside = self._inside, None
         if now is None:
             return None
-        now.trains = any(parameter.requires_grad for parameter in now.held.low.values())
+        now.trains = now.trains_now
+        now.gradients = {name: parameter.grad for name, parameter in lora_parameters(self.model).items()}
         now.held = take_out(self.model, offload=offload)
         if len(now.names) == 1:
             self._held[now.names[0]] = now.held
@@ -116,13 +131,17 @@ class Place:
             if len(now.names) == 1:
                 now.held = self._held[now.names[0]]
             put_in(self.model, now.held, trains=now.trains)
+            for name, parameter in lora_parameters(self.model).items():
+                parameter.grad = now.gradients.get(name, parameter.grad)
+            now.gradients, now.trained = {}, False
         self._inside = now
 
-    def _settle(self, *, same_base: bool = False) -> None:
+    def settle(self, *, same_base: bool = False) -> None:
         """Notice what others have done to the model meanwhile.
 
         Raises:
-            AdapterError: If that was another adapter, or with ``same_base`` another base.
+            AdapterError: If that was another adapter, or with ``same_base`` another base; or if what an adapter had
+                trained in full went with it.
         """
         if self._lent:
             raise AdapterError("the model computes rows: leave the with block of rows() before")
@@ -134,6 +153,13 @@ class Place:
             )
         if roots:
             return
+        if self._inside is not None and self._inside.has_news and (name := self._inside.names[0]) in self._held:
+            raise AdapterError(
+                f"{name!r} was there to train when unload_lora or merge_lora took it off; what it trained in the "
+                "base's own tensors (heads, biases, token rows, running statistics) went with that, and what is left "
+                f"is not the adapter: delete({name!r}). Before either, adapters.disable() or adapters.save(folder) "
+                "keeps all of it"
+            )
         self._inside = None
         if same_base and self._base is not None and fingerprint(find_root(self.model)[1]) != self._base:
             raise AdapterError(

@@ -104,6 +104,7 @@ class Adapters:
             LoraConfigError: If the config does not fit; all is as it was then.
         """
         self._free(name)
+        self._place.settle(same_base=True)  # before there is anything that could be left behind
         with self._place.emptied():
             report = inject_lora(self.model, config, seed=seed)
             self._held[name] = self._place.take_out_new()
@@ -140,8 +141,14 @@ class Adapters:
             AdapterError: If there is none, or one does not fit; those before it are there then.
         """
         top = Path(folder)
-        found = {DEFAULT: top} if (top / CONFIG_FILE).is_file() else {}
-        found |= {path.parent.name: path.parent for path in sorted(top.glob(f"*/{CONFIG_FILE}"))}
+        found = {path.parent.name: path.parent for path in sorted(top.glob(f"*/{CONFIG_FILE}"))}
+        if (top / CONFIG_FILE).is_file():
+            if DEFAULT in found:
+                raise AdapterError(
+                    f"{top} and {found[DEFAULT]} would both be {DEFAULT!r}: load(name, folder) each of them under a "
+                    "name of its own, or move one away"
+                )
+            found = {DEFAULT: top} | found
         if not found:
             raise AdapterError(f"{top} holds no adapter, and no folder in it does")
         for name in found:
@@ -235,6 +242,7 @@ class Adapters:
             AdapterError: If it does not fit; nothing is changed then.
         """
         held = self._get(name)
+        self._place.settle()
         if name in self.active and len(self.active) > 1:
             raise AdapterError(f"{name} is in the model as part of a sum: set({name!r}) first, then swap")
         refill(held, self.model, folder, lora_state_dict(self.model) if name in self.active else None)

@@ -16,12 +16,21 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from lora_lightning.adapters.facts import OUTSIDE_FILE
-from lora_lightning.adapters.folder import BASE_COPY, STATISTICS, read_config, read_weights
+from lora_lightning.adapters.folder import (
+    BASE_COPY,
+    STATISTICS,
+    read_config,
+    read_record,
+    read_weights,
+    warn_of_other_base,
+)
 from lora_lightning.adapters.held import Held, explicit
 from lora_lightning.adapters.hub import adapter_folder
 from lora_lightning.adapters.peft_names import PREFIX
+from lora_lightning.adapters.peft_notes import without_unused
 from lora_lightning.adapters.tensor_file import read_tensors
 from lora_lightning.config import LoraConfig
+from lora_lightning.config_starts import changes_base
 from lora_lightning.errors import AdapterError
 from lora_lightning.injection.attentions import meant_by
 from lora_lightning.injection.matching import pattern_value
@@ -53,8 +62,11 @@ def refill(
     if problems := _other_kind(held.config, config):
         raise AdapterError(f"{path} cannot be swapped in:" + "".join(f"\n  - {line}" for line in problems))
     ours = {key: name for name, key in held.keys.items()}
+    modules, record = dict(canonical_modules(model)), read_record(path)
     copies = {f"{PREFIX}{held.below_root(name)}{BASE_COPY}" for name in held.layers}
-    weights = {key: value for key, value in read_weights(path).items() if key not in copies}
+    attentions = [held.below_root(n) for n in held.layers if isinstance(modules[n], nn.MultiheadAttention)]
+    weights = without_unused(read_weights(path), attentions, str(path))
+    weights = {key: value for key, value in weights.items() if key not in copies}
     if unknown := sorted(weights.keys() - ours.keys()):
         raise AdapterError(
             f"{path} has what the adapter in place has not: {', '.join(unknown[:4])}. Swapping keeps the layers: load "
@@ -65,8 +77,11 @@ def refill(
         given |= read_tensors(outside)
     tensors = {**(held.full if live is None else live), **held.low}
     values = _low_rank(held, config, given, model, path) | _in_full(held, given, path)
+    warn_of_other_base(record, held.base, str(path))  # a warning may be made an error: before any change
     for name, value in values.items():
         tensors[name].copy_(value)
+    held.record.bases, held.record.source = tuple(record.get("bases", ())), str(path.resolve())
+    held.record.awaits_data = False
 
 
 @torch.no_grad()
@@ -120,7 +135,13 @@ def _other_kind(here: LoraConfig, there: LoraConfig) -> list[str]:
     """What zeros and scales do not make alike."""
     fields = ("use_dora", "lora_bias", "target_parameters", "trainable_token_indices", "alora_invocation_tokens")
     both = [(name, getattr(here, name), getattr(there, name)) for name in fields]
-    return [f"{name}: {a!r} in place, {b!r} in the folder" for name, a, b in both if a != b and (a or b)]
+    problems = [f"{name}: {a!r} in place, {b!r} in the folder" for name, a, b in both if a != b and (a or b)]
+    if changes_base(start := there.init_lora_weights):
+        problems.append(
+            f"init_lora_weights={start!r}: its values are for a base that this start has changed. Load it under a name "
+            "of its own, or load it, save it and swap what was saved, which is for the base as it is"
+        )
+    return problems
 
 
 def _low_rank(
