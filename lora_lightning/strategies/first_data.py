@@ -15,6 +15,8 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+from torchmetrics import Metric
 
 from lora_lightning.config import LoraConfig
 from lora_lightning.config_starts import settings_of
@@ -23,6 +25,7 @@ from lora_lightning.injection.starts.data import begin_as_shown, look_at_data
 from lora_lightning.injection.starts.ranks import with_ranks
 from lora_lightning.injection.state import record_of, the_root
 from lora_lightning.strategies import rng
+from lora_lightning.strategies.generators import generators_of, restore_generators
 
 _DEALT = {
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
@@ -67,7 +70,8 @@ def begin_with_data(trainer: pl.Trainer, pl_module: pl.LightningModule, target: 
     """Begin the adapter below ``target`` as batches of the trainer's data show: on every process as on the first.
 
     Raises:
-        LoraConfigError: If the strategy spreads the model, or the module or its data cannot be asked for losses.
+        LoraConfigError: If the strategy spreads the model, the module or its data cannot be asked for losses, or the
+            data can be read only once.
     """
     config = record_of(the_root(target)[1]).config
     how = config.init_lora_weights
@@ -91,8 +95,11 @@ def begin_with_data(trainer: pl.Trainer, pl_module: pl.LightningModule, target: 
     try:
         with _unlogged(pl_module), torch.inference_mode(False):
             loader = source.dataloader()
-            batches = _batches(trainer, loader, device, settings_of(config)["batches"], again=how == "eva")
-            shown = look_at_data(target, batches, loss=_loss_of(trainer, pl_module))
+            combined = loader if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "max_size_cycle")
+            with _undrawn([part for part in combined.flattened if isinstance(part, DataLoader)]):
+                _check_read_again(combined, how)
+                batches = _batches(trainer, combined, device, settings_of(config)["batches"], again=how == "eva")
+                shown = look_at_data(target, batches, loss=_loss_of(trainer, pl_module))
     finally:
         rng.restore(drawn)
     begin_as_shown(target, trainer.strategy.broadcast(shown))
@@ -104,9 +111,41 @@ def awaits_data(target: nn.Module) -> bool:
     return record_of(the_root(target)[1]).awaits_data
 
 
-def _batches(trainer: pl.Trainer, loader: Any, device: torch.device, most: int, *, again: bool) -> Iterator[Any]:
-    """At most so many batches of a loader, on the device, from the start again where it ends and ``again`` says so."""
-    combined = loader if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "max_size_cycle")
+def _check_read_again(loaders: CombinedLoader, how: Any) -> None:
+    """Refuse data that can be read only once: what is looked at would be missing from training."""
+    for loader in loaders.flattened:
+        read = loader
+        if isinstance(loader, DataLoader):
+            if loader.num_workers and not loader.persistent_workers:
+                continue  # workers read a copy of the data set, and the next ones another
+            read = loader.dataset
+            if not isinstance(read, IterableDataset):
+                continue
+        first = iter(read)
+        if first is read or first is iter(read):
+            raise LoraConfigError(
+                f"init_lora_weights={how!r} looks at training data before the first step, and {type(read).__name__} "
+                "can be read only once (its iter() gives the same iterator again): training would miss what was "
+                "looked at. Give it a __iter__ that begins anew (one that yields rows), or inject_lora and "
+                "initialise_from_data the network with batches of your own before trainer.fit"
+            )
+
+
+@contextmanager
+def _undrawn(loaders: list[DataLoader[Any]]) -> Iterator[None]:
+    """Generators of the loaders' own are afterwards where they were before the ``with`` block."""
+    states = [generators_of(loader) for loader in loaders]
+    try:
+        yield
+    finally:
+        for loader, drawn in zip(loaders, states, strict=True):
+            restore_generators(loader, drawn)
+
+
+def _batches(
+    trainer: pl.Trainer, combined: CombinedLoader, device: torch.device, most: int, *, again: bool
+) -> Iterator[Any]:
+    """At most so many batches of loaders, on the device, from the start again where they end and ``again`` says so."""
     left = most
     while left:
         before = left
@@ -138,7 +177,7 @@ def _loss_of(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Callable[[An
 
 @contextmanager
 def _unlogged(pl_module: pl.LightningModule) -> Iterator[None]:
-    """Nothing is logged inside the ``with`` block: no loop runs that would take it."""
+    """Nothing is logged inside the ``with`` block, where no loop runs that would take it; metrics forget it after."""
     names = [name for name in ("log", "log_dict") if name not in vars(pl_module)]
     vars(pl_module).update(dict.fromkeys(names, _nothing))
     try:
@@ -146,6 +185,9 @@ def _unlogged(pl_module: pl.LightningModule) -> Iterator[None]:
     finally:
         for name in names:
             vars(pl_module).pop(name, None)
+        for part in pl_module.modules():
+            if isinstance(part, Metric):
+                part.reset()
 
 
 def _nothing(*_: Any, **__: Any) -> None:

@@ -5,6 +5,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
+from torchmetrics import MeanMetric, MetricCollection
 
 from lora_lightning import (
     LoraCallback,
@@ -24,6 +26,12 @@ def lora(how, r=1, **fields):
     return LoraCallback({"r": r, "init_lora_weights": how, **fields})
 
 
+def data():
+    generator = torch.Generator().manual_seed(11)
+    rows = TensorDataset(torch.randn(40, 8, generator=generator), torch.randn(40, 2, generator=generator))
+    return DataLoader(rows, batch_size=8)
+
+
 class _Seen(pl.Callback):
     """Notes the batches that are trained on, and the adapter before the first."""
 
@@ -33,7 +41,7 @@ class _Seen(pl.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if self.first is None:
             self.first = {name: value.clone() for name, value in lora_state_dict(pl_module).items()}
-        self.batches.append(batch[0].clone())
+        self.batches.append((batch[0] if isinstance(batch[0], torch.Tensor) else batch[0][0]).clone())
 
 
 def uneven():
@@ -140,6 +148,91 @@ def test_what_cannot_be_asked_for_a_loss_is_told(make_trainer, module_class):
 
     with pytest.raises(LoraConfigError, match="steps its optimizers by itself"):
         fit(make_trainer, Manual(), lora("lora_ga"))
+
+
+class _OnePass(IterableDataset):
+    """A stream that goes on where it was left."""
+
+    def __init__(self):
+        self.rows = iter(data())
+
+    def __iter__(self):
+        return self.rows
+
+
+class _Itself(_OnePass):
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self.rows)
+
+
+@pytest.mark.parametrize(
+    "once",
+    [
+        lambda: DataLoader(_OnePass(), batch_size=None),
+        lambda: DataLoader(_Itself(), batch_size=None),
+        lambda: iter(data()),
+        lambda: [data(), DataLoader(_OnePass(), batch_size=None)],
+    ],
+    ids=["dataset", "itself", "loader", "one of two"],
+)
+def test_data_that_can_be_read_once_are_refused_and_left_whole(once, make_trainer, module_class):
+    """Looking at them would leave nothing to train on."""
+
+    class Two(module_class):
+        def loss(self, batch):
+            return super().loss(batch[0] if isinstance(batch[0], list) else batch)
+
+    loaders = once()
+    with pytest.raises(LoraConfigError, match="initialise_from_data"):
+        make_trainer(lora("corda")).fit(Two(), loaders)
+    seen = _Seen()
+    make_trainer(lora(True), seen).fit(Two(), once() if isinstance(loaders, list) else loaders)
+    assert len(seen.batches) == 5
+
+
+def test_a_stream_that_can_be_read_again_is_not_refused(make_trainer, module_class):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield from data()
+
+    seen = _Seen()
+    make_trainer(lora("eva"), seen).fit(module_class(), DataLoader(Stream(), batch_size=None))
+    assert len(seen.batches) == 5
+
+
+@pytest.mark.parametrize("where", ["loader", "sampler", "both"])
+def test_generators_of_a_loader_draw_what_they_would_have_drawn(where, make_trainer, module_class):
+    def loader():
+        rows, generators = data().dataset, [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+        sampler = None if where == "loader" else RandomSampler(rows, generator=generators[0])
+        own = None if where == "sampler" else generators[1]
+        return DataLoader(rows, batch_size=8, sampler=sampler, shuffle=sampler is None, generator=own)
+
+    orders = []
+    for how in (True, "eva"):
+        seen = _Seen()
+        pl.seed_everything(1, verbose=False)
+        make_trainer(lora(how), seen, max_epochs=2).fit(module_class(), loader())
+        orders.append(torch.cat(seen.batches))
+    assert torch.equal(*orders)
+
+
+def test_metrics_of_a_module_count_only_what_is_trained_on(make_trainer, module_class):
+    class Counting(module_class):
+        def __init__(self):
+            super().__init__()
+            self.metrics = MetricCollection([MeanMetric()])
+
+        def training_step(self, batch, batch_idx):
+            self.metrics.update(torch.ones(()))
+            return super().training_step(batch, batch_idx)
+
+    module = Counting()
+    fit(make_trainer, module, lora("corda"))
+    assert module.metrics["MeanMetric"].weight.item() == 5
 
 
 SCRIPT = """
