@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.distributed.tensor import DTensor, Replicate
 
 from lora_lightning.errors import LoraConfigError
@@ -42,8 +43,9 @@ class Call:
 class Invocation:
     """Notes, at each call of a model, where its adapter is in force: two hooks, and what layers ask.
 
-    A row in which the tokens do not appear is the base's. While tokens are generated one by one, what the text before
-    them has decided holds; a model that is called with a cache that it has never seen continues the base's.
+    A row in which the tokens do not appear is the base's, whoever has written them: a text that comes in parts, or is
+    generated one by one, is what it is as a whole. A model that is called with a cache that it has never seen continues
+    the base's. The beams of a row are taken to be in force alike.
 
     Args:
         tokens: The invocation tokens.
@@ -53,9 +55,8 @@ class Invocation:
         self.tokens = tuple(tokens)
         self._owner: nn.Module | None = None  # whose call is under way; modules inside it are asked too
         self._call: Call | None = None
-        # Those whose graph is still there: activation checkpointing runs layers again in backward.
+        # Those whose backward may come: activation checkpointing runs layers again in it.
         self._calls: weakref.WeakSet[Call] = weakref.WeakSet()
-        self._rows: weakref.WeakKeyDictionary[Any, Rows] = weakref.WeakKeyDictionary()
         self._warned = False
 
     def __getstate__(self) -> tuple[int, ...]:
@@ -72,7 +73,7 @@ class Invocation:
             return None
         offsets = kwargs.pop("alora_offsets", None)
         cache = kwargs.get("past_key_values")
-        past = self._rows.get(cache) if _length(cache) else None
+        past = vars(cache).get(_ROWS, {}).get(self.tokens) if _length(cache) else None
         ids_BT = _token_numbers(args, kwargs)
         if ids_BT is None and offsets is None:
             self._warn()
@@ -80,7 +81,7 @@ class Invocation:
         elif ids_BT is None or offsets is not None:
             call = _by_offsets(offsets, ids_BT, kwargs)
         else:
-            call = self._found(ids_BT, kwargs.get("position_ids"), past, continued=_length(cache) > 0)
+            call = self._found(ids_BT, kwargs.get("position_ids"), past)
         call.kept = kwargs.get("logits_to_keep")
         self._owner, self._call = module, call
         return args, kwargs
@@ -93,19 +94,22 @@ class Invocation:
         self._owner = self._call = None
         cache = getattr(output, "past_key_values", None)
         if call.rows is not None and _length(cache):
-            self._rows[cache] = call.rows
+            vars(cache).setdefault(_ROWS, {})[self.tokens] = call.rows  # with the cache, so that its copies know too
         if (node := _graph_of(output)) is not None:
             node.metadata[_CALL] = call
+            node.register_hook(lambda *_: self._in_backward(call))
             self._calls.add(call)
 
-    def _found(self, ids_BT: Tensor, position_ids: Any, past: Rows | None, *, continued: bool) -> Call:
+    def _in_backward(self, call: Call) -> None:
+        """A call waits (again, where its graph is retained) until the backward that has reached it is done."""
+        self._calls.add(call)
+        Variable._execution_engine.queue_callback(lambda: self._calls.discard(call))
+
+    def _found(self, ids_BT: Tensor, position_ids: Any, past: Rows | None) -> Call:
         n = len(self.tokens)
         batch, length = ids_BT.shape
         if past is not None:
             past = Rows(*(each.to(ids_BT.device) for each in _for_rows(past, batch)))
-        if continued and length == 1:  # a token that the model has made itself
-            active = past.active if past is not None else ids_BT.new_zeros(batch, dtype=torch.bool)
-            return Call(active[:, None], None, past)
         text, texts = ids_BT, _texts(ids_BT, position_ids)
         if past is not None:
             before = past.last_BN.shape[1]
@@ -167,6 +171,8 @@ class Invocation:
 
 
 _CALL = "lora_invocation"
+_ROWS = "_lora_invoked"
+"""Name of what a cache has come to: a dictionary of :class:`Rows`, by the tokens that were looked for."""
 
 
 def _last_start(ids_BT: Tensor, tokens: Sequence[int], texts_BT: Tensor) -> Tensor:

@@ -168,6 +168,32 @@ def test_a_cache_that_the_model_makes_itself_goes_on():
     torch.testing.assert_close(then.logits[rows, -1], whole.logits[rows, -1])
 
 
+@pytest.mark.parametrize("tokens", [TOKENS, [6]])
+def test_token_by_token_is_the_whole(tokens):
+    """Where the last token of the invocation comes by itself, the tokens before it have been the base's."""
+    model = llama()
+    inject_lora(model, LoraConfig(**SETTINGS, alora_invocation_tokens=tokens), seed=1)
+    row, cache = IDS[2:3], DynamicCache()  # the invocation ends it
+    parts = [model(row[:, t : t + 1], past_key_values=cache).logits for t in range(8)]
+    torch.testing.assert_close(torch.cat(parts, 1), by_definition(model, row, [7]))
+    with lora_disabled(model):
+        cache = model(row[:, :7], use_cache=True).past_key_values
+    told = model(row[:, 7:], past_key_values=cache).logits
+    torch.testing.assert_close(told, parts[-1])
+
+
+@torch.no_grad()
+def test_a_copy_of_a_cache_knows_what_the_text_has_come_to():
+    model = adapted()
+    cache = model(IDS[:, :7], use_cache=True).past_key_values
+    copied = copy.deepcopy(cache)
+    assert torch.equal(
+        model(IDS[:, 7:], past_key_values=copied).logits, model(IDS[:, 7:], past_key_values=cache).logits
+    )
+    model(IDS[:, :2], past_key_values=copied)
+    assert copied.get_seq_length() == cache.get_seq_length() + 2
+
+
 def test_a_cache_of_the_base_is_taken_over():
     """What the method is for: the base has read the text, and the adapter is invoked on it."""
     model = adapted()
@@ -236,6 +262,14 @@ def test_activation_checkpointing(reentrant):
         each(IDS).logits.square().sum().backward()
     for name, parameter in lora_parameters(plain).items():
         torch.testing.assert_close(model.get_parameter(name).grad, parameter.grad)
+    kept = []  # a graph that is still there, and has been through
+    for ids in (IDS, IDS.flip(0)):
+        plain.zero_grad(), model.zero_grad()
+        plain(ids).logits.square().sum().backward()
+        kept.append(model(ids).logits.square().sum())
+        kept[-1].backward()
+        for name, parameter in lora_parameters(plain).items():
+            torch.testing.assert_close(model.get_parameter(name).grad, parameter.grad)
     one, other = model(IDS).logits, model(IDS.flip(1)).logits
     with pytest.raises(LoraConfigError, match="backward after each forward"):
         (one.square().sum() + other.square().sum()).backward()
