@@ -111,17 +111,19 @@ def test_moved_statistics_are_not_lost_silently():
 
 
 @pytest.mark.parametrize("names", [None, ["a"]], ids=["all", "one"])
-def test_saving_leaves_the_gradients_of_the_one_that_trains(names, tmp_path):
+@pytest.mark.parametrize("fields", [HEAD, ROWS], ids=["head", "rows"])
+def test_saving_and_loading_leave_the_gradients_of_the_one_that_trains(fields, names, tmp_path):
     model = llama()
     adapters = Adapters(model)
     adapters.add("b", LoraConfig(r=1))
-    adapters.add("a", LoraConfig(**HEAD))
+    adapters.add("a", LoraConfig(**fields))
     model(input_ids=TOKENS, labels=TOKENS).loss.backward()
-    before = {name: (p, p.grad.clone()) for name, p in lora_parameters(model).items()}
+    before = {name: p.grad.clone() for name, p in lora_parameters(model).items()}
     adapters.save(tmp_path, names)
+    adapters.load("c", tmp_path / "a")
     now = lora_parameters(model)
     assert now.keys() == before.keys()
-    assert all(now[name] is p and torch.equal(p.grad, grad) for name, (p, grad) in before.items())
+    assert all(torch.equal(p.grad, before[name]) for name, p in now.items())
 
 
 def test_adding_to_another_base_leaves_nothing_behind(tmp_path):
@@ -195,6 +197,17 @@ def test_swapping_takes_over_what_the_folder_says_of_its_base(tmp_path):
         with pytest.raises(UserWarning, match="not the one"):
             adapters.swap("slot", other)
     assert torch.equal(logits(model), before)
+
+
+def test_swapping_heads_beside_another_adapter_warns_of_no_other_base(tmp_path):
+    adapters = Adapters(llama())
+    adapters.load("head", folder := folder_of(tmp_path / "a", HEAD))
+    adapters.load("plain", folder_of(tmp_path / "b", {"r": 2}))
+    for name in ("plain", "head"):
+        adapters.set(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            adapters.swap("head", folder)
 
 
 def test_swapping_is_refused_while_rows_are_computed(tmp_path):
