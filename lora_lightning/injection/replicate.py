@@ -20,6 +20,9 @@ _COUNT = "num_hidden_layers"
 _NUMBER = "layer_idx"
 
 
+_Place = tuple[nn.Module, str]
+
+
 @dataclass
 class Replicated:
     """What it takes to go between a model's own stack of layers and the one built from it.
@@ -30,6 +33,7 @@ class Replicated:
         stacks: The list before and after.
         numbers: Each part of a layer that knows the layer's number, with that number before and after.
         settings: Of the model's configs: (config, name, value before, value after).
+        left_out: Each tensor of layers that the new stack has not, as (module, name), with one that leads it.
     """
 
     parent: nn.Module
@@ -37,14 +41,35 @@ class Replicated:
     stacks: tuple[nn.ModuleList, nn.ModuleList]
     numbers: list[tuple[nn.Module, int, int]] = field(default_factory=list)
     settings: list[tuple[Any, str, Any, Any]] = field(default_factory=list)
+    left_out: list[tuple[_Place, _Place]] = field(default_factory=list)
 
     def show(self, side: int) -> None:
         """Give the model its own stack (0), or the one that was built (1)."""
+        if side == 0:
+            self._follow()
         self.parent._modules[self.local] = self.stacks[side]
         for module, *number in self.numbers:
             setattr(module, _NUMBER, number[side])
         for config, name, *value in self.settings:
             vars(config)[name] = value[side]  # past checks of a config that is half changed
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Bring layers that were left out to the mode, device and dtype that the model has come to without them."""
+        own, shown = self.stacks
+        own.training = shown.training
+        there = {id(layer) for layer in shown}
+        for layer in own:
+            if id(layer) not in there and layer.training != shown[0].training:
+                layer.train(shown[0].training)
+        for (module, name), (other, its) in self.left_out:
+            tensor, like = getattr(module, name), getattr(other, its)
+            if like.is_meta or tensor.is_meta:
+                continue
+            if tensor.device != like.device:
+                module.to(like.device)  # what belongs to a quantised weight goes with it
+            if tensor.dtype != like.dtype:
+                tensor.data = tensor.data.to(like.dtype)
 
 
 def replicate_layers(root: nn.Module, spans: Sequence[Sequence[int]]) -> Replicated:
@@ -85,6 +110,7 @@ def replicate_layers(root: nn.Module, spans: Sequence[Sequence[int]]) -> Replica
         for part in layer.modules()
         if isinstance(getattr(part, _NUMBER, None), int)
     ]
+    made.left_out = list(_followed([layer for number, layer in enumerate(own) if number not in used], layers))
     made.settings = list(_settings(root, len(own), order))
     made.show(1)
     return made
@@ -114,22 +140,31 @@ def as_before(replicated: Replicated | None) -> Iterator[None]:
         replicated.show(1)
 
 
-@torch.no_grad()
-def take_back(replicated: Replicated) -> None:
-    """Give the model its own stack for good; layers that the other one left out come to where the rest is."""
-    there = {id(layer) for layer in replicated.stacks[1]}
-    device = next((parameter.device for parameter in replicated.stacks[1].parameters()), None)
-    for layer in replicated.stacks[0]:
-        if id(layer) not in there and device is not None:
-            layer.to(device)
-    replicated.stacks[0].train(replicated.stacks[1].training)
-    replicated.show(0)
-
-
 def _sharing_copy(layer: nn.Module) -> nn.Module:
     """A copy with the same parameters, and the model's own config where a part has it."""
     shared = [*layer.parameters(), *_configs(layer)]
     return copy.deepcopy(layer, {id(each): each for each in shared})
+
+
+def _followed(left_out: Sequence[nn.Module], shown: Sequence[nn.Module]) -> Iterator[tuple[_Place, _Place]]:
+    """For each tensor of layers, one of another layer that is on its device and of its dtype: its namesake, or any."""
+    alike: dict[tuple[Any, ...], _Place] = {}
+    for layer in shown:
+        for path, place, tensor in _tensors(layer):
+            alike.setdefault((path, tensor.device, tensor.dtype), place)
+            alike.setdefault((tensor.device, tensor.dtype), place)
+    for layer in left_out:
+        for path, place, tensor in _tensors(layer):
+            like = alike.get((path, tensor.device, tensor.dtype)) or alike.get((tensor.device, tensor.dtype))
+            if like is not None:
+                yield place, like
+
+
+def _tensors(layer: nn.Module) -> Iterator[tuple[str, _Place, torch.Tensor]]:
+    for path, module in layer.named_modules():
+        for name, tensor in (module._parameters | module._buffers).items():
+            if tensor is not None:
+                yield f"{path}.{name}", (module, name), tensor
 
 
 def _configs(module: nn.Module) -> list[Any]:

@@ -14,7 +14,7 @@ from lora_lightning.injection.activation import deactivate
 from lora_lightning.injection.beside import remove_beside, token_rows
 from lora_lightning.injection.fast_paths import take_fast_paths
 from lora_lightning.injection.names import canonical
-from lora_lightning.injection.replicate import as_before, take_back
+from lora_lightning.injection.replicate import as_before
 from lora_lightning.injection.starts.residual import bases_as_before, forget_start, put_back, weight_before
 from lora_lightning.injection.state import (
     ORIGINALS,
@@ -95,7 +95,7 @@ def unload_lora(model: nn.Module) -> None:
         for parameter in record.untied:
             parameter.tie_again()
         if record.replicated is not None:
-            take_back(record.replicated)
+            record.replicated.show(0)
 
 
 def remove_adapter(model: nn.Module) -> None:

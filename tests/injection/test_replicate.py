@@ -1,5 +1,6 @@
 """Replicated layers: PEFT's stack, adapters of their own over shared weights, generation, and the way back."""
 
+import contextlib
 import copy
 import pickle
 import warnings
@@ -154,6 +155,29 @@ def test_the_way_back(spans, tokens, shake):
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert all(p.requires_grad for p in model.parameters())
     assert torch.equal(model(tokens).logits, logits)
+
+
+@pytest.mark.parametrize("unload", [True, False])
+def test_layers_left_out_go_where_the_model_goes(unload, tokens):
+    def build():
+        torch.manual_seed(3)
+        model = _llama().train()
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.9
+        return model
+
+    model, plain = build(), build()
+    inject_lora(model, LoraConfig(target_modules=["q_proj"], layer_replication=[[1, 3]]))
+    for each in (model, plain):
+        each.to(torch.bfloat16).eval()
+    if unload:
+        unload_lora(model)
+    with contextlib.nullcontext() if unload else lora_disabled(model):
+        assert not any(module.training for module in model.modules())
+        assert torch.equal(model(tokens).logits, plain(tokens).logits)
+        assert {name: t.dtype for name, t in model.named_parameters() if "lora" not in name} == {
+            name: t.dtype for name, t in plain.named_parameters()
+        }
 
 
 def test_merging_shared_weights_is_refused(tokens, shake):
