@@ -17,6 +17,8 @@ PISSA_NITER = re.compile(r"pissa_niter_(\d+)")
 DATA_DRIVEN = ("eva", "corda", "lora_ga")
 """Starts that are made from what batches of data show."""
 _CHANGING = ("pissa", "olora", "loftq", "corda", "lora_ga")
+_DIVIDING = {"pissa": "above 0", "corda": "above 0", "loftq": "other than 0", "lora_ga": "other than 0"}
+"""Starts that divide by the scale, and what it must be: the first two take its root as well."""
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "loftq": {"loftq_bits": 4, "loftq_iter": 1},
@@ -101,6 +103,15 @@ def check_start(config: Any) -> list[str]:
             f"init_lora_weights={how!r} changes the base's weights, but with alora_invocation_tokens the base is to "
             "act alone before those tokens"
         )
+    if needed := _DIVIDING.get(str(start)):
+        alphas = {"lora_alpha": config.lora_alpha}
+        if isinstance(config.alpha_pattern, Mapping):
+            alphas |= {f"alpha_pattern[{key!r}]": alpha for key, alpha in config.alpha_pattern.items()}
+        problems += [
+            f"init_lora_weights={how!r} divides by the scale, so that {name} must be {needed}, got {alpha!r}"
+            for name, alpha in alphas.items()
+            if not check_number(name, alpha) and (alpha == 0 or (alpha < 0 and needed == "above 0"))
+        ]
     if changes_base(how) and config.target_parameters:
         problems.append(f"init_lora_weights={how!r} needs layers, and target_parameters are none")
     return problems

@@ -27,7 +27,7 @@ from lora_lightning.injection.names import (
 )
 from lora_lightning.injection.replicate import replicate_layers, taken_back_on_error
 from lora_lightning.injection.report import LoraReport, LoraRow
-from lora_lightning.injection.starts.hindrances import refuse_starts
+from lora_lightning.injection.starts.hindrances import refuse_other_stack, refuse_starts
 from lora_lightning.injection.state import (
     ORIGINALS,
     RECORD,
@@ -69,6 +69,8 @@ def inject_lora(model: nn.Module, config: LoraConfig | Mapping[str, Any], *, see
     """
     config = config if isinstance(config, LoraConfig) else LoraConfig.from_dict(config)
     with walked_once():
+        if not injected_roots(model):
+            refuse_other_stack(config)
         report = _inject(unwrap(model), config, default_seed() if seed is None else seed)
     if config.init_lora_weights in DATA_DRIVEN and any(
         record_of(root).awaits_data for root in injected_roots(model).values()

@@ -323,6 +323,14 @@ def test_what_cannot_begin_so_is_told_and_nothing_is_changed():
         ({"corda_config": {"cache_file": "x.pt"}}, "corda_config.cache_file is not"),
         ({"loftq_config": {"loftq_bits": 3}}, "loftq_config.loftq_bits must be 4 or 8"),
         ({"eva_config": 3}, "eva_config must be a mapping"),
+        ({"init_lora_weights": "pissa", "lora_alpha": 0}, "lora_alpha must be above 0, got 0"),
+        ({"init_lora_weights": "pissa_niter_4", "lora_alpha": -2}, "lora_alpha must be above 0, got -2"),
+        (
+            {"init_lora_weights": "corda", "alpha_pattern": {"q": -1.5}},
+            r"alpha_pattern\['q'\] must be above 0, got -1.5",
+        ),
+        ({"init_lora_weights": "loftq", "alpha_pattern": {"q": 0.0}}, r"alpha_pattern\['q'\] must be other than 0"),
+        ({"init_lora_weights": "lora_ga", "lora_alpha": 0}, "lora_alpha must be other than 0"),
     ],
 )
 def test_what_does_not_go_together_is_refused(fields, message):

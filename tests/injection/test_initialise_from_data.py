@@ -23,6 +23,7 @@ from lora_lightning import (
     save_adapter,
     unload_lora,
 )
+from lora_lightning.injection.starts.data import look_at_data
 from lora_lightning.injection.starts.inputs import leaders_of, scored
 from lora_lightning.injection.state import lora_layers, record_of
 
@@ -312,3 +313,69 @@ def test_tokens_that_count():
     assert torch.equal(scored(x.view(10, 3), batch, None), torch.cat([x[0, :4], x[1]]))
     assert scored(x[:, :2], batch, None).shape == (4, 3)  # other rows than the tokens: all count
     assert scored(x, x, -100).shape == (10, 3)
+
+
+@pytest.mark.parametrize("how", ["eva", "corda", "lora_ga"])
+@pytest.mark.parametrize("named", ["embed_tokens", "lm_head"])
+def test_a_tied_head_follows_its_embedding_and_the_data_deal_with_the_rest(how, named, tmp_path, shake):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    tied = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=True)).eval()
+    plain, given = copy.deepcopy(tied), batches(2)
+    targets = [named, "q_proj", "down_proj"]
+    fields = {"rank_pattern": {"embed_tokens": 3}, "ensure_weight_tying": True}
+    inject_lora(tied, LoraConfig(r=4, target_modules=targets, init_lora_weights=how, **fields))
+    initialise_from_data(tied, given)
+    assert tied.lm_head.lora_r == tied.model.embed_tokens.lora_r == 3
+    torch.testing.assert_close(tied(**given[0]).logits, plain(**given[0]).logits, atol=1e-4, rtol=1e-4)
+    shake(tied)
+    save_adapter(tied, tmp_path / "adapter")
+    load_adapter(again := copy.deepcopy(plain), tmp_path / "adapter")
+    torch.testing.assert_close(again(**given[0]).logits, tied(**given[0]).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["eva", "corda", "lora_ga"])
+def test_another_stack_of_layers_is_refused(llama, how):
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights=how, layer_replication=[[0, 2], [1, 2]])
+    with pytest.raises(LoraConfigError, match="does not go with layer_replication"):
+        inject_lora(llama, config)
+    assert not list(lora_layers(llama))
+
+
+def test_layers_without_a_rank_have_their_bias_back(tmp_path, shake):
+    torch.manual_seed(4)
+    net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    with torch.no_grad():  # what the second gets lies along two directions, which explain more than any of the first's
+        net[0].weight.copy_(torch.eye(16))[2:] = 0
+        net[0].bias.zero_()
+    plain, x = copy.deepcopy(net), torch.randn(256, 16)
+    config = LoraConfig(r=1, init_lora_weights="eva", bias="lora_only", eva_config={"rho": 2.0, "tau": 1.0})
+    inject_lora(net, config)
+    initialise_from_data(net, [x] * 2)
+    assert [name for name, _ in lora_layers(net)] == ["1"]
+    assert [name for name, p in net.named_parameters() if p.requires_grad and "bias" in name] == ["1.bias"]
+    shake(net)
+    save_adapter(net, tmp_path / "adapter")
+    load_adapter(again := copy.deepcopy(plain), tmp_path / "adapter")
+    torch.testing.assert_close(again(x), net(x))
+    unload_lora(net)
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), plain.parameters(), strict=True))
+
+
+def test_what_trains_around_the_adapted_model_gets_no_gradient_from_the_look(llama):
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.head = llama, nn.Linear(64, 3)
+
+        def forward(self, **batch):
+            return {"loss": self.head(self.model(input_ids=batch["input_ids"]).logits).square().mean()}
+
+    model = Around()
+    inject_lora(model, LoraConfig(r=4, init_lora_weights="lora_ga"))
+    model.head.requires_grad_(True)
+    trains = [name for name, p in model.named_parameters() if p.requires_grad]
+    look_at_data(model, batches(1))
+    assert all(p.grad is None for p in model.parameters())
+    assert trains == [name for name, p in model.named_parameters() if p.requires_grad]

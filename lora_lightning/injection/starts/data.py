@@ -23,6 +23,7 @@ from lora_lightning.injection.report import LoraReport
 from lora_lightning.injection.starts.corda import corda, covariances
 from lora_lightning.injection.starts.decompositions import Start
 from lora_lightning.injection.starts.eva import eva
+from lora_lightning.injection.starts.hindrances import refuse_other_stack
 from lora_lightning.injection.starts.lora_ga import gradients, lora_ga
 from lora_lightning.injection.starts.ranks import with_ranks
 from lora_lightning.injection.starts.residual import oriented, take_out_start
@@ -82,15 +83,16 @@ def look_at_data(model: nn.Module, batches: Iterable[Any], *, loss: Callable[[An
     how, settings = record.config.init_lora_weights, settings_of(record.config)
     if how not in _METHODS:
         raise LoraConfigError(f"init_lora_weights={how!r} looks at no data: it is one of {', '.join(_METHODS)} that do")
+    refuse_other_stack(record.config)
     if not record.awaits_data:
         raise LoraConfigError("this adapter has begun already: data are looked at once, before it trains")
-    layers = {name: layer for name, layer in lora_layers(root) if is_linear(layer)}
+    layers = {name: layer for name, layer in lora_layers(root) if is_linear(layer) and layer.lora_own}
     run = loss if loss is not None else lambda batch: _loss_of(model, batch)
     forward = loss if loss is not None else lambda batch: _called(model, batch)
     seen = itertools.islice(batches, settings["batches"])
     learns = how == "lora_ga"
     with lora_disabled(model), _mode(model, training=learns), torch.set_grad_enabled(learns):
-        return _METHODS[str(how)](root, layers, seen, run if learns else forward)
+        return _METHODS[str(how)](model, layers, seen, run if learns else forward)
 
 
 @torch.no_grad()
@@ -111,7 +113,10 @@ def begin_as_shown(model: nn.Module, shown: Shown) -> None:
     freeze_base(model)
 
 
-def _eva(root: nn.Module, layers: dict[str, LoraLayer], batches: Iterator[Any], forward: Callable[[Any], Any]) -> Shown:
+def _eva(
+    model: nn.Module, layers: dict[str, LoraLayer], batches: Iterator[Any], forward: Callable[[Any], Any]
+) -> Shown:
+    root = the_root(model)[1]
     record = record_of(root)
     config, settings = record.config, settings_of(record.config)
     ranks = {name: layer.lora_r for name, layer in layers.items()}
@@ -122,9 +127,10 @@ def _eva(root: nn.Module, layers: dict[str, LoraLayer], batches: Iterator[Any], 
         name: layer.lora_alpha * (new[name] / layer.lora_r if settings["adjust_scaling_factors"] else 1)
         for name, layer in layers.items()
     }
-    for name, layer in lora_layers(root):  # embeddings keep theirs
-        new.setdefault(name, layer.lora_r)
-        alphas.setdefault(name, layer.lora_alpha)
+    for name, layer in lora_layers(root):  # embeddings keep theirs, and a head that is tied to one follows it
+        if layer.lora_own:
+            new.setdefault(name, layer.lora_r)
+            alphas.setdefault(name, layer.lora_alpha)
     values: dict[str, tuple[Tensor, Tensor | None]] = {name: (a.cpu(), None) for name, a in found.items()}
     return Shown(values, _dealt(root, config, new, alphas))
 
@@ -151,24 +157,25 @@ def _key(name: str, names: list[str]) -> str:
 
 
 def _corda(
-    root: nn.Module, layers: dict[str, LoraLayer], batches: Iterator[Any], forward: Callable[[Any], Any]
+    model: nn.Module, layers: dict[str, LoraLayer], batches: Iterator[Any], forward: Callable[[Any], Any]
 ) -> Shown:
-    settings = settings_of(record_of(root).config)
+    config = record_of(the_root(model)[1]).config
+    settings = settings_of(config)
     method = settings["corda_method"]
     found = covariances(layers, settings, batches, forward)
     starts = {
         name: corda(_matrix(layer, layer.weight), found[name], layer.lora_r, layer.lora_scaling, method)
         for name, layer in layers.items()
     }
-    return Shown(_on_host(starts), record_of(root).config)
+    return Shown(_on_host(starts), config)
 
 
 def _lora_ga(
-    root: nn.Module, layers: dict[str, LoraLayer], batches: Iterator[Any], loss: Callable[[Any], Tensor]
+    model: nn.Module, layers: dict[str, LoraLayer], batches: Iterator[Any], loss: Callable[[Any], Tensor]
 ) -> Shown:
-    record = record_of(root)
+    record = record_of(the_root(model)[1])
     settings = settings_of(record.config)
-    found = gradients(root, layers, batches, loss)
+    found = gradients(model, layers, batches, loss)
     starts = {
         name: lora_ga(
             _matrix(layer, found[name].to(layer.weight.device)),

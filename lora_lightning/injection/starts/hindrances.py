@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_lightning.config import LoraConfig
 from lora_lightning.config_checks import listed
-from lora_lightning.config_starts import changes_base, start_of
+from lora_lightning.config_starts import DATA_DRIVEN, changes_base, start_of
 from lora_lightning.errors import LoraConfigError
 from lora_lightning.injection.names import canonical_modules
 from lora_lightning.layers import LoraLayer, is_linear, is_quantised
@@ -52,6 +52,16 @@ def refuse_starts(root: nn.Module, targets: Iterable[Any], config: LoraConfig) -
                 f"init_lora_weights={config.init_lora_weights!r} cannot begin so (exclude_modules leaves layers out)",
                 problems[:_MOST] + more,
             )
+        )
+
+
+def refuse_other_stack(config: LoraConfig) -> None:
+    """Raise where data would be shown to the base's own stack of layers, and the adapters are on another."""
+    if config.init_lora_weights in DATA_DRIVEN and config.layer_replication:
+        raise LoraConfigError(
+            f"init_lora_weights={config.init_lora_weights!r} does not go with layer_replication: what data show of the "
+            "base is not what they would show of the stack that is built from it. Use another init_lora_weights "
+            "(true, orthogonal), or save a model with that stack and adapt it without layer_replication"
         )
 
 

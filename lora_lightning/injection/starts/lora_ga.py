@@ -32,7 +32,7 @@ def gradients(
     Each is taken to the host and let go as soon as backward has made it, so that the device never holds them all.
 
     Args:
-        model: Whose other parameters have no gradient meanwhile.
+        model: All that the loss may reach; its other parameters have no gradient meanwhile.
         layers: Layers by name.
         batches: Batches.
         loss: Gives the loss of a batch.

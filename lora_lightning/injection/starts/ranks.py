@@ -8,7 +8,7 @@ from torch import nn
 from lora_lightning.config import LoraConfig
 from lora_lightning.injection.matching import matches, pattern_value
 from lora_lightning.injection.starts.residual import forget_start
-from lora_lightning.injection.state import lora_layers, record_of
+from lora_lightning.injection.state import ORIGINALS, lora_layers, record_of
 from lora_lightning.layers import LoraLayer, restore
 
 
@@ -20,14 +20,24 @@ def with_ranks(root: nn.Module, config: LoraConfig) -> None:
     record = record_of(root)
     dropped = config.target_modules != record.config.target_modules
     for name, layer in lora_layers(root):
-        if dropped and not matches(config.target_modules, name):
+        meant = layer.lora_meant(name)
+        if dropped and not matches(config.target_modules, meant):
             forget_start(layer)
             restore(layer)
+            if config.bias == "lora_only":
+                _bias_as_before(layer)
             continue
-        r = int(pattern_value(config.rank_pattern, name, config.r))
-        alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
+        r = int(pattern_value(config.rank_pattern, meant, config.r))
+        alpha = pattern_value(config.alpha_pattern, meant, config.lora_alpha)
         _set_rank(layer, r, alpha, config.scaling(r, alpha))
     record.asked, record.config = record.asked or record.config, config
+
+
+@torch.no_grad()
+def _bias_as_before(layer: nn.Module) -> None:
+    """Let the bias of a layer that is plain again be the base's, which trains with an adapter only."""
+    for local, value in vars(layer).pop(ORIGINALS, {}).items():
+        getattr(layer, local).copy_(value)
 
 
 def _set_rank(layer: LoraLayer, r: int, alpha: float, scaling: float) -> None:
