@@ -52,7 +52,8 @@ def lora_fa(
         pair.a.grad = None
     settings = {"lr": lr, "betas": (betas[0], betas[1]), "eps": eps, "weight_decay": weight_decay, "fused": fused}
     optimizer = AdamW(parameter_groups(model), **settings)  # type: ignore[arg-type]
-    return corrected(optimizer, _Projection(frozen), [pair.b for pair in frozen if pair.b.requires_grad])
+    felt = [pair for pair in frozen if pair.scaling]  # at a scale of zero dB is zero, and 1 / s² infinite
+    return corrected(optimizer, _Projection(felt), [pair.b for pair in felt if pair.b.requires_grad])
 
 
 class _Projection:

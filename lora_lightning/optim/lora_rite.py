@@ -40,8 +40,12 @@ def lora_rite(
     """
     settings = {"lr": lr, "betas": (betas[0], betas[1]), "eps": eps, "weight_decay": weight_decay, "fused": fused}
     optimizer = AdamW(parameter_groups(model), **settings)  # type: ignore[arg-type]
+    # Set by `fused`: a loss scaler would leave unscaling to the kernel, which is to step on no pair.
+    vars(optimizer)["_step_supports_amp_scaling"] = False
     trained = pairs_that_train(model)
-    return corrected(optimizer, _Rite(optimizer, trained), [p for pair in trained for p in (pair.a, pair.b)])
+    factors = [p for pair in trained for p in (pair.a, pair.b)]
+    _Exact(factors).attach(optimizer)
+    return corrected(optimizer, _Rite(optimizer, trained), factors)
 
 
 class _Rite:
@@ -62,6 +66,31 @@ class _Rite:
             new_b = _stepped(b, db, a, self._optimizer.state[pair.b], groups[id(pair.b)])
             _write(pair.a, new_a.mT.reshape(pair.a.shape))
             _write(pair.b, pair.as_b(new_b))
+
+
+class _Exact:
+    """Has the state of factors loaded as it was saved; torch gives it the dtype of its parameter, which may be half."""
+
+    def __init__(self, factors: Sequence[nn.Parameter]) -> None:
+        self._factors = factors
+        self._saved: dict[str, Any] = {}
+
+    def attach(self, optimizer: Optimizer) -> None:
+        optimizer.register_load_state_dict_pre_hook(self._before)
+        optimizer.register_load_state_dict_post_hook(self._after)
+
+    def _before(self, optimizer: Optimizer, saved: dict[str, Any]) -> None:
+        self._saved = saved
+
+    def _after(self, optimizer: Optimizer) -> None:
+        saved, self._saved = self._saved, {}
+        factors = {id(p) for p in self._factors}
+        numbers = [number for group in saved["param_groups"] for number in group["params"]]
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        for number, parameter in zip(numbers, held, strict=True):
+            values = saved["state"].get(number, {}) if id(parameter) in factors else {}
+            for key in values.keys() & _KEPT:
+                optimizer.state[parameter][key] = values[key].to(parameter.device)
 
 
 def _stepped(factor: Tensor, gradient: Tensor, dual: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:

@@ -108,3 +108,13 @@ def test_layers_that_are_frozen_altogether_stay_out(lab):
     before = model.fc2.lora_B.detach().clone()
     lab.train(model, lora_fa(model, lr=1e-2), 2)
     assert torch.equal(model.fc2.lora_B, before)
+
+
+def test_a_layer_of_scale_zero_is_passed_over(lab):
+    """Its update is zero whatever ``B`` is, and so is ``B``'s gradient: there is nothing to divide by."""
+    model = lab.adapted(**LINEAR, alpha_pattern={"fc1": 0})
+    before = model.fc1.lora_B.detach().clone(), model.fc2.lora_B.detach().clone()
+    lab.train(model, lora_fa(model, lr=1e-2), 2)
+    assert torch.equal(model.fc1.lora_B, before[0])
+    assert not torch.equal(model.fc2.lora_B, before[1])
+    assert all(parameter.isfinite().all() for parameter in model.parameters())

@@ -97,3 +97,35 @@ def test_its_state_is_saved_and_goes_on(lab):
     lab.train(parts, then, 2, start=2)
     for p, q in zip(whole.parameters(), parts.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_a_loss_scaler_passes_over_a_step_of_infinities(lab, fused):
+    """The scaler has to unscale by itself: torch's fused kernel, to which it would leave it, steps on no pair."""
+    model, other = lab.adapted(dtype=torch.float32), lab.adapted(dtype=torch.float32)
+    optimizer, plain = (lora_rite(each, lr=1e-2, fused=fused) for each in (model, other))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for factor in (1.0, float("inf")):
+        optimizer.zero_grad()
+        scaler.scale(lab.loss_of(model) * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    lab.train(other, plain, 1)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_half_precision_goes_on_exactly(lab):
+    """Moments are kept in float32 beside bfloat16 factors, where torch loads state in the dtype of its parameter."""
+    whole, parts = lab.adapted(dtype=torch.bfloat16), lab.adapted(dtype=torch.bfloat16)
+    lab.train(whole, lora_rite(whole, lr=1e-2), 4)
+    first = lora_rite(parts, lr=1e-2)
+    lab.train(parts, first, 2)
+    then, state = lora_rite(parts, lr=1e-2), first.state_dict()
+    then.load_state_dict(state)
+    for parameter, held in first.state.items():
+        assert all(torch.equal(value, then.state[parameter][key]) for key, value in held.items())
+    lab.train(parts, then, 2, start=2)
+    for p, q in zip(whole.parameters(), parts.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert then.state[parts.fc1.lora_A]["second_moment"].dtype == torch.float32
