@@ -228,8 +228,6 @@ class LoraConfig:
             problems.append(f"alora_invocation_tokens does not go with {other} (nor in PEFT)")
         if self.lora_bias and self.use_dora:
             problems.append("lora_bias does not go with use_dora, which has no place for a bias of B (nor in PEFT)")
-        if self.lora_bias and not isinstance(self.init_lora_weights, bool):
-            problems.append(f"lora_bias needs init_lora_weights true or false, got {self.init_lora_weights!r}")
         return problems + self._layer_problems()
 
     def _layer_problems(self) -> list[str]:

@@ -24,7 +24,7 @@ def with_projections(names: list[str], modules: Mapping[str, nn.Module], config:
         skipped = [name for name in names if name.rpartition(".")[0] in attentions]
         if skipped:
             _warn(
-                f"not adapted: {_some(skipped)} inside nn.MultiheadAttention, which is a layer in itself. To adapt it "
+                f"not adapted: {some(skipped)} inside nn.MultiheadAttention, which is a layer in itself. To adapt it "
                 "with both of its projections, name it in target_modules"
             )
         return [name for name in names if name not in skipped]
@@ -38,7 +38,7 @@ def with_projections(names: list[str], modules: Mapping[str, nn.Module], config:
     through = [name for name in found if name in attentions or name.rpartition(".")[0] in attentions]
     if config.lora_dropout and through:
         _warn(
-            f"lora_dropout={config.lora_dropout:g} has no effect in {_some(through)}: nn.MultiheadAttention is adapted "
+            f"lora_dropout={config.lora_dropout:g} has no effect in {some(through)}: nn.MultiheadAttention is adapted "
             "through its weights, and nothing is dropped on the way to A (nor is it in PEFT)"
         )
     return found
@@ -55,11 +55,20 @@ def attention_hindrance(name: str, modules: Mapping[str, nn.Module], config: Lor
     parent = modules.get(name.rpartition(".")[0])
     if parent is modules[name] or not isinstance(parent, nn.MultiheadAttention):
         return None
+    above = name.rpartition(".")[0]
+    own = [f"{above}.{local}" for local, weight in parent._parameters.items() if weight is not None]
+    adapted = [entry for entry in config.target_parameters or [] if any(matches([entry], each) for each in own)]
+    if adapted:
+        return (
+            f"target_parameters names {adapted[0]!r} of the attention around it, which is adapted as a whole: leave "
+            f"that out, and name {above} in target_modules to adapt both of its projections"
+        )
     why = "alora_invocation_tokens would need one a token" if config.alora_invocation_tokens else why_not(parent)
     return why and f"the attention around it reads its weight, and cannot be changed to read another: {why}"
 
 
-def _some(names: list[str], most: int = 3) -> str:
+def some(names: list[str], most: int = 3) -> str:
+    """The first few names, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 

@@ -65,7 +65,7 @@ def parameters_meant(
             hits.update(entries)
             if not entries or module._parameters[local] is None:
                 continue
-            if reason := _hindrance(prefix, module, local, taken):
+            if reason := _hindrance(prefix, modules, local, taken):
                 problems.append(f"target_parameters: {name} cannot be adapted: {reason}")
                 continue
             r = int(pattern_value(config.rank_pattern, name, config.r))
@@ -83,12 +83,15 @@ def _does_not_go_with(config: LoraConfig) -> list[str]:
     return foreign
 
 
-def _hindrance(prefix: str, holder: nn.Module, local: str, taken: Collection[int]) -> str | None:
+def _hindrance(prefix: str, modules: Mapping[str, nn.Module], local: str, taken: Collection[int]) -> str | None:
+    holder, above = modules[prefix], prefix.rpartition(".")[0]
     if not prefix:
         return "it belongs to the model itself; PEFT's files have no name for that. Put it into a module of its own"
     known = isinstance(holder._modules.get(child_name(local)), LoraParameter)
     if id(holder) in taken:
         return f"{prefix} is adapted or trained in full as a whole; name the one or the other"
+    if prefix != above and isinstance(modules.get(above), nn.MultiheadAttention):
+        return f"nn.MultiheadAttention reads the weight and calls no {prefix}: name {prefix} in target_modules instead"
     return None if known else why_not_parameter(holder, local)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_lightning.config import ALL_LINEAR, TASK_HEADS, LoraConfig
 from lora_lightning.errors import LoraConfigError, did_you_mean
-from lora_lightning.injection.attentions import attention_hindrance, meant_by, with_projections
+from lora_lightning.injection.attentions import attention_hindrance, meant_by, some, with_projections
 from lora_lightning.injection.matching import compiled_patterns, entries_for, matches, pattern_value
 from lora_lightning.injection.names import canonical_modules
 from lora_lightning.injection.parameters import ParameterTarget, parameters_meant
@@ -235,7 +235,7 @@ def _no_match(
 ) -> str:
     if hits:
         kind = type(modules[hits[0]]).__name__
-        return f"{field}: {entry!r} matches only {_some(hits)} ({kind}), no layer of a kind that can be adapted"
+        return f"{field}: {entry!r} matches only {some(hits)} ({kind}), no layer of a kind that can be adapted"
     leaves = sorted({name.rpartition(".")[2] for name in modules if name and not name.rpartition(".")[2].isdigit()})
     return f"{field}: {entry!r} matches nothing{did_you_mean(entry, leaves)}. {_candidates(modules, kinds)}"
 
@@ -280,7 +280,7 @@ def _warn_wide(targets: list[Target]) -> None:
             wide.append(f"{target.name} ({sides[0]} to {sides[1]}, r={target.r})")
     if wide:
         warnings.warn(
-            f"rank larger than the layer's smaller side, which adds parameters and no capacity: {_some(wide)}",
+            f"rank larger than the layer's smaller side, which adds parameters and no capacity: {some(wide)}",
             stacklevel=5,
         )
 
@@ -289,11 +289,6 @@ def _warn_bare(targets: list[Target], config: LoraConfig) -> None:
     bare = [target.name for target in targets if getattr(target.layer, "bias", None) is None]
     if config.lora_bias and bare:
         warnings.warn(
-            f"lora_bias=True, and there is no bias in the base that it could be merged into: {_some(bare)}",
+            f"lora_bias=True, and there is no bias in the base that it could be merged into: {some(bare)}",
             stacklevel=5,
         )
-
-
-def _some(names: list[str], most: int = 3) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -394,6 +394,16 @@ def test_exclude_modules_leaves_the_out_projection_out():
         (lambda: Block(vdim=4), {}, r"values \(vdim=4\)"),
         (Block, {"use_dora": True}, "use_dora does not go with a layer of class MultiheadAttention"),
         (Block, {"lora_bias": True, "init_lora_weights": True}, "lora_bias does not go with .* MultiheadAttention"),
+        (
+            Block,
+            {"target_modules": ["out_proj"], "target_parameters": ["in_proj_weight"]},
+            "as a whole: leave",
+        ),
+        (
+            Block,
+            {"target_modules": ["after"], "target_parameters": ["out_proj.weight"]},
+            "name attn.out_proj in target",
+        ),
         (Block, {"init_lora_weights": "pissa"}, "'pissa' is not for a MultiheadAttention"),
     ],
 )

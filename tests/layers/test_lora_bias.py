@@ -170,13 +170,14 @@ def test_half_precision_bases():
     ("fields", "message"),
     [
         ({"use_dora": True}, "lora_bias does not go with use_dora"),
-        ({"init_lora_weights": "pissa"}, "lora_bias needs init_lora_weights true or false, got 'pissa'"),
-        ({"init_lora_weights": "gaussian"}, "lora_bias needs init_lora_weights"),
+        ({"init_lora_weights": "pissa"}, "lora_bias goes with init_lora_weights=true or false only, got 'pissa'"),
+        ({"init_lora_weights": "gaussian"}, "lora_bias goes with init_lora_weights"),
     ],
 )
 def test_peft_s_refusals_of_settings(fields, message):
-    with pytest.raises(LoraConfigError, match=message):
+    with pytest.raises(LoraConfigError, match=message) as told:
         LoraConfig(lora_bias=True, **fields)
+    assert str(told.value).count("lora_bias") == 1
     with pytest.raises(ValueError, match="lora_bias=True is"):
         peft.LoraConfig(lora_bias=True, **fields)
 
