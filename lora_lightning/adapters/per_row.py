@@ -37,16 +37,16 @@ def per_row(model: nn.Module, held: Mapping[str, Held], names: Sequence[str], be
             raise AdapterError(f"{name} cannot be the adapter of single rows, as it changes more than layers: {more}")
     twins = _twins(model, {name: held[name] for name in known})
     with contextlib.ExitStack() as stack:
-        for layer, of_layer in twins:
-            seat(layer, rows, of_layer)
+        for name, layer, of_layer in twins:
+            seat(layer, rows, of_layer, name)
             stack.callback(unseat, layer)
         stack.callback(take_fast_paths, model)
         leave_fast_paths(model, PerRow)
         yield rows
 
 
-def _twins(model: nn.Module, held: Mapping[str, Held]) -> list[tuple[nn.Module, dict[str, nn.Module]]]:
-    """For each layer that adapters change, what it is with each of them."""
+def _twins(model: nn.Module, held: Mapping[str, Held]) -> list[tuple[str, nn.Module, dict[str, nn.Module]]]:
+    """For each layer that adapters change, by name, what it is with each of them."""
     modules = dict(canonical_modules(model))
     found: dict[str, dict[str, nn.Module]] = {}
     for name, adapter in held.items():
@@ -63,7 +63,7 @@ def _twins(model: nn.Module, held: Mapping[str, Held]) -> list[tuple[nn.Module, 
             f"{inner[0]} is trained by one adapter and lies in what another trains in full: their rows cannot be "
             "computed in one batch"
         )
-    return [(modules[module], twins) for module, twins in found.items()]
+    return [(name, modules[name], twins) for name, twins in found.items()]
 
 
 def _twins_of(modules: Mapping[str, nn.Module], model: nn.Module, held: Held) -> dict[str, nn.Module]:

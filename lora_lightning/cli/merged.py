@@ -133,7 +133,7 @@ def _labels(place: Path) -> int | None:
 
 def _make_room(model: PreTrainedModel, place: Path, config: Mapping[str, Any], trust_remote_code: bool) -> None:
     """Give the base rows for the tokens that training added to it, which the adapter and its tokenizer tell of."""
-    embedding = model.get_input_embeddings()
+    embedding: Any = model.get_input_embeddings()
     if (rows := _rows_in(place, model, embedding)) is None:  # where it is padded, more than there are tokens
         named = config.get("trainable_token_indices") or []
         named = [token for tokens in named.values() for token in tokens] if isinstance(named, dict) else named

@@ -63,8 +63,12 @@ class Rows:
         self._found: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
         self._joined: dict[tuple[int, torch.device, tuple[str, ...]], tuple[Tensor, Tensor]] = {}
 
-    def of(self, x: Tensor) -> dict[str, Tensor]:
+    def of(self, x: Tensor, layer: str = "a layer") -> dict[str, Tensor]:
         """Numbers of the rows of ``x`` by their adapter, ``(k,)`` int64 each; none for the base.
+
+        Args:
+            x: What a layer is called on.
+            layer: The layer's name, for messages.
 
         Raises:
             AdapterError: If ``x`` has other rows than were named.
@@ -72,9 +76,8 @@ class Rows:
         expected = (len(self.names), len(self.names) * self.beams)
         if not x.dim() or len(x) not in expected:
             raise AdapterError(
-                f"a layer is called on a tensor of shape {tuple(x.shape)} where adapters are named for "
-                f"{expected[0]} rows" + (f", each {self.beams} times" if self.beams > 1 else "") + ": give a name for "
-                "each row, and beams=num_beams to rows() where generation repeats them"
+                f"{layer} is called on a tensor of shape {tuple(x.shape)} where adapters are named for "
+                f"{expected[0]} rows{f', each {self.beams} times' if self.beams > 1 else ''}: {_remedy(x)}"
             )
         key = (len(x), x.device)
         if key not in self._found:
@@ -96,16 +99,28 @@ class Rows:
         return self._joined[key]
 
 
+def _remedy(x: Tensor) -> str:
+    """What to do about a layer that is called on other rows than were named."""
+    if x.dim() and len(x) > 1:
+        return "give a name for each row, and beams=num_beams to rows() where generation repeats them"
+    return (
+        "unless that is the whole batch, the layer has no rows, as it computes once for all of them (positions, say): "
+        "leave it out of target_modules, or run the adapters one after the other"
+    )
+
+
 class PerRow(_Module):
     """Over a plain layer: its rows get the outputs that each one's adapter would give them.
 
     Attributes:
         lora_rows: Whose the rows are.
+        lora_name: The layer's name, for messages.
         lora_stack: The low-rank matrices of those adapters whose update is a product with them.
         lora_twins: For each other adapter that has the layer, the layer with that adapter, over the same weight.
     """
 
     lora_rows: Rows
+    lora_name: str
     lora_stack: RowStack
     lora_twins: Mapping[str, nn.Module]
 
@@ -120,7 +135,7 @@ class PerRow(_Module):
             raise AdapterError("an adapter for each row is for inference: call model.eval() first")
         out: Tensor = super().forward(*args, **kwargs)
         x = input_of(self, out, args, kwargs)
-        by_name = self.lora_rows.of(x)
+        by_name = self.lora_rows.of(x, self.lora_name)
         if added := tuple(name for name in by_name if name in self.lora_stack.names):
             rows, numbers = self.lora_rows.joined(x, added)
             out = out.index_add(0, rows, self.lora_stack.delta(x.index_select(0, rows), numbers).to(out.dtype))
@@ -216,18 +231,18 @@ def twin_of(layer: nn.Module) -> nn.Module:
     return twin
 
 
-def seat(layer: nn.Module, rows: Rows, twins: Mapping[str, nn.Module]) -> None:
-    """Let a plain layer compute each row with an adapter of its own."""
+def seat(layer: nn.Module, rows: Rows, twins: Mapping[str, nn.Module], name: str = "a layer") -> None:
+    """Let a plain layer, called by its name in messages, compute each row with an adapter of its own."""
     stack = RowStack(layer, twins, rows.known)
     others = {name: twin for name, twin in twins.items() if name not in stack.names}
     with detached_hook(layer):
         layer.__class__ = made_class(PerRow, type(layer))  # type: ignore[assignment]
-        vars(layer).update(lora_rows=rows, lora_stack=stack, lora_twins=others)
+        vars(layer).update(lora_rows=rows, lora_name=name, lora_stack=stack, lora_twins=others)
 
 
 def unseat(layer: nn.Module) -> None:
     """Make it plain again."""
     with detached_hook(layer):
         layer.__class__ = plain_class(layer)  # type: ignore[assignment]
-        for name in ("lora_rows", "lora_twins", "lora_stack"):
+        for name in ("lora_rows", "lora_name", "lora_twins", "lora_stack"):
             del vars(layer)[name]

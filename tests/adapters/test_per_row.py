@@ -208,6 +208,16 @@ def test_what_cannot_be_done_by_rows_is_told(llama, adapters, rows):
         pass
 
 
+def test_a_layer_without_rows_is_told(gpt2, rows):
+    adapters = Adapters(gpt2)
+    adapters.add("places", LoraConfig(r=2, target_modules=["wpe", "c_attn"]))
+    told = r"transformer\.wpe is called on .* \(1, 6\) .* 2 rows: .* has no rows"
+    with pytest.raises(AdapterError, match=told), adapters.rows(["places", BASE]):
+        gpt2(rows[:2])
+    with adapters.rows(["places"]):
+        gpt2(rows[:1])
+
+
 def test_an_error_inside_leaves_the_model_as_it_was(llama, adapters, rows):
     adapters.train("math")
     before = llama(rows).logits
