@@ -45,7 +45,7 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
     adapted = [layer for _, layer in lora_layers(model)]
     layers: list[Any] = [layer for layer in (*adapted, *(rows for _, rows in token_rows(model))) if layer.lora_enabled]
     trained = [
-        (module, local, swap(module, local, value))
+        (module, local, swap(module, local, value.clone() if local in module._buffers else value))  # which may move
         for _, module, originals in trained_in_full(model)
         for local, value in originals.items()
     ]

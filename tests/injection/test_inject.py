@@ -214,6 +214,20 @@ def test_unloading_puts_running_statistics_back():
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
+def test_a_forward_of_the_base_in_train_mode_leaves_what_is_kept_of_it():
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4), "norm": nn.BatchNorm1d(4)})
+    before = _snapshot(model)
+    inject_lora(model, LoraConfig(target_modules=["fc"], modules_to_save=["norm"], r=2))
+    model["norm"](torch.randn(8, 4) - 2)
+    adapted = _snapshot(model)
+    with lora_disabled(model):
+        assert torch.equal(model["norm"].running_mean, before["norm.running_mean"])
+        model["norm"](torch.randn(8, 4) + 3)
+    assert all(torch.equal(value, adapted[name]) for name, value in model.state_dict().items())
+    unload_lora(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_base_parameters_that_happen_to_be_called_lora_stay_base():
     class Odd(nn.Linear):
         def __init__(self):
