@@ -117,7 +117,7 @@ def test_a_loss_scaler_passes_over_a_step_of_infinities(lab, fused):
 
 def test_half_precision_goes_on_exactly(lab):
     """Moments are kept in float32 beside bfloat16 factors, where torch loads state in the dtype of its parameter."""
-    whole, parts = lab.adapted(dtype=torch.bfloat16), lab.adapted(dtype=torch.bfloat16)
+    whole, parts = lab.adapted().to(torch.bfloat16), lab.adapted().to(torch.bfloat16)
     lab.train(whole, lora_rite(whole, lr=1e-2), 4)
     first = lora_rite(parts, lr=1e-2)
     lab.train(parts, first, 2)
