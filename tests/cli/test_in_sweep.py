@@ -121,7 +121,7 @@ def test_rows_that_can_be_kept(composed, overrides, kept):
 )
 def test_auto_keeps_rows_in_a_sweep_and_what_was_said_holds(composed, cache, keep, expected):
     cfg = composed("experiment=smoke", f"data.cache={cache}")
-    tokenizer = load_tokenizer(ModelConfig.of(OmegaConf.to_container(cfg.model)))
+    tokenizer = load_tokenizer(ModelConfig.of(OmegaConf.to_container(cfg.model, resolve=True)))
     assert make_data(cfg, tokenizer, keep=keep).cache == expected
 
 

@@ -140,7 +140,7 @@ def test_a_choice_is_no_range_of_numbers():
 def test_a_group_that_every_run_reads_cannot_be_left_out(typed):
     error = refusal("experiment=smoke", typed)
     assert f"{typed}: lora cannot be left out" in str(error)
-    assert "balanced, conservative, dora, high_capacity" in str(error)
+    assert "balanced, conservative, corda, dora, eva, high_capacity" in str(error)
     assert error.command is None
 
 
