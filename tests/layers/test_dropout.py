@@ -68,3 +68,14 @@ def test_an_input_that_is_no_whole_block_of_memory_loses_the_right_elements():
     expected = x.reshape(-1).clone()
     expected[dropped] = 0
     assert torch.equal(kept, expected.view(16, 20))
+
+
+@pytest.mark.parametrize("rows", [4, 1200])  # so much that it is done in another way
+def test_what_is_drawn_as_places_is_zero_and_nothing_else(rows):
+    x = torch.randn(rows, 1000)
+    torch.manual_seed(0)
+    places = draw(x, 0.05)
+    expected = x.clone()
+    expected.view(-1)[places] = 0
+    assert torch.equal(without(x, places, 0.05), expected)
+    assert 0 < (expected == 0).sum() == len(places)

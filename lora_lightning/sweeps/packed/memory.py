@@ -225,7 +225,7 @@ def _adapters(targets: Sequence[Sequence[Target]], moments: int, itemsize: int |
     """Bytes of each job's adapter with gradients and moments.
 
     It lies in stacks, which are as wide as the highest rank, and so do the gradients of a step. Its own gradients
-    (of the step before, until the new ones come) and the moments are as wide as its own rank.
+    (where steps are accumulated, those so far) and the moments are as wide as its own rank.
     """
     highest: dict[str, int] = {}
     for target in (target for job in targets for target in job):
