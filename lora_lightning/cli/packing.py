@@ -141,6 +141,7 @@ class Shared:
         settings = [_of_no_job(config) for config in configs]
         data = make_data(settings[0], self._tokenizer(settings[0], "data"), keep=True)
         self._load(settings[0], data)
+        data.setup()  # of its own, where others may not want the same
         return places_for(settings, self.network, data, shared_by)
 
     def parts(self, cfg: DictConfig, player: Player, callbacks: Sequence[Callback]) -> Parts:

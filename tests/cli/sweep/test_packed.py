@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from lora_lightning.cli import train
 from lora_lightning.cli.group_file import GroupFile, Packed
 from lora_lightning.cli.packing import train_together
+from lora_lightning.data import TinyText
+from lora_lightning.data.module import DataModule
 from lora_lightning.sweeps.packed.output import Routed
 from lora_lightning.sweeps.runs import read_json
 from tests.cli.conftest import ROOT
@@ -49,6 +51,12 @@ JOBS = {
     ),
 }
 DIVERGING = ("optimizer.lr=1e200", "lora.r=4")
+
+
+class Unknown(TinyText):
+    """Does not say what its rows are made of, so that nobody knows whether others want the same."""
+
+    content = DataModule.content
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -271,3 +279,10 @@ def test_halving_is_refused_where_jobs_are_processes_of_their_own(command, tmp_p
     assert done.returncode == 1
     assert "hydra/launcher=lora_packed" in done.stderr
     assert "hparams_search=optuna" in done.stderr
+
+
+def test_rows_that_nobody_can_tell_apart_are_loaded_by_each_job(together):
+    own = (f"data._target_={__name__}.Unknown", "trainer.max_steps=2")
+    folders, failed = together({0: ("lora.r=2",), 1: ("lora.r=4",)}, *own)
+    assert not failed
+    assert {result(folder)["shared_with"] for folder in folders.values()} == {1}
