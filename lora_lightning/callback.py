@@ -47,6 +47,7 @@ from lora_lightning.strategies.averaging import attach_averaging, begin_averagin
 from lora_lightning.strategies.broadcast import include_frozen
 from lora_lightning.strategies.checks import check_first_step, check_trainer, guard_launch
 from lora_lightning.strategies.chosen import config_for, fold_in_first, target_of
+from lora_lightning.strategies.ending import leave_group_at_exit
 from lora_lightning.strategies.first_data import awaits_data, before_setup, begin_with_data, take_ranks
 from lora_lightning.strategies.nonfinite import NonFiniteError
 from lora_lightning.strategies.position import attach_position, resume_position
@@ -146,6 +147,7 @@ class LoraCallback(pl.Callback):
         _state_of(trainer).before_load = functools.partial(_take_ranks, trainer, pl_module)
         attach_position(trainer)
         attach_averaging(trainer)
+        leave_group_at_exit()
         self._first_step = True
         # The network, or part of it, may be built in the module's own setup, and then in configure_model.
         builds = is_overridden("configure_model", pl_module)

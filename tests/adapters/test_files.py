@@ -247,6 +247,7 @@ try:
 except Exception as error:
     print(type(error).__name__, error)
 dist.barrier()
+dist.destroy_process_group()
 """
 
 

@@ -8,13 +8,19 @@ from pathlib import Path
 import torch
 
 SCRIPT = """
+import atexit
+import os
 import sys
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lora_lightning import LoraCallback, LoraConfig, lora_state_dict
+
+# Registered first, so the last that Python does before it is taken down.
+atexit.register(lambda: open(f"{out}/left{os.environ.get('LOCAL_RANK', 0)}", "w").write(str(not dist.is_initialized())))
 
 devices, epochs, out, ckpt = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], (sys.argv[4:] or [None])[0]
 torch.set_num_threads(1)
@@ -76,6 +82,7 @@ def test_two_processes(tmp_path):
     both = _run(tmp_path, "both", devices=2)
     assert _difference(both / "rank0.pt", both / "rank1.pt") == 0.0
     assert _difference(both / "rank0.pt", whole / "rank0.pt") < 1e-5
+    assert [(both / f"left{rank}").read_text() for rank in (0, 1)] == ["True", "True"]
     assert (both / "adapter" / "adapter_model.safetensors").is_file()
     checkpoint = torch.load(both / "ckpt" / "epoch=0.ckpt", weights_only=True)
     assert len(checkpoint["lora_lightning"]["rng"]) == 2
