@@ -67,7 +67,7 @@ def test_lightning_cli_reads_the_signature():
 
 
 TWO_PROCESSES = """
-import json, sys
+import json, sys, torch
 import lightning.pytorch as pl
 from lora_lightning.data import TextData
 from tests.data.conftest import CHATML, train_tokenizer
@@ -88,6 +88,7 @@ trainer = pl.Trainer(
 )
 trainer.fit(module, datamodule=TextData(path, tokenizer=tokenizer, val_split=0.23))
 json.dump([module.seen, module.validated], open(f"{out}/{trainer.global_rank}.json", "w"))
+torch.distributed.destroy_process_group()  # no LoraCallback here, which would see to it
 """
 
 

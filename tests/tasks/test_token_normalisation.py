@@ -136,6 +136,7 @@ state = {name: weight.detach() for name, weight in module.model.named_parameters
 metrics = {key: torch.as_tensor(value) for key, value in trainer.callback_metrics.items()}
 result = {"state": state, "metrics": metrics, "tokens": module.tokens_seen}
 torch.save(result, f"{sys.argv[2]}/{trainer.global_rank}.pt")
+torch.distributed.destroy_process_group()  # no LoraCallback here, which would see to it
 """
 
 
