@@ -8,7 +8,7 @@ ARGS ?=
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test smoke lint types tests bench lock clean
+.PHONY: help setup train test smoke lint types tests bench docs lock clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -41,6 +41,10 @@ tests: setup  ## all tests, slow ones too (ARGS="-m 'not slow'" leaves them out)
 
 bench: setup  ## what training costs against PEFT and the frozen model (ARGS="--only step", ARGS="--write")
 	$(BIN)/python benchmarks/bench.py $(ARGS)
+
+docs: setup  ## the pages of docs/ as a site in site/, refused where a link leads nowhere
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@echo "site/index.html; with search: $(BIN)/python -m http.server --directory site 8000"
 
 lock: setup  ## write requirements.lock anew, keeping the versions that still fit
 	sh scripts/lock.sh $(BIN)/python
