@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_lightning.cli.told import told
+from lora_lightning.cli.which_adapter import which_adapter
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _TEXT = "The minister has won the second game, and every student wrote about it."
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
         "config with it, which transformers' from_pretrained loads. How far its outputs are from those of the base "
         "with the adapter beside it is told.",
     )
-    parser.add_argument("adapter", help="an adapter folder, or owner/name[@revision] on the Hub")
+    parser.add_argument("adapter", help="an adapter folder, a run's folder, or owner/name[@revision] on the Hub")
     parser.add_argument("folder", type=Path, help="where the model goes; it must not be there yet")
     parser.add_argument("--base", help="name or folder of the base model (default: what the adapter says)")
     parser.add_argument("--dtype", default="auto", choices=_DTYPES, help="of the weights (default: the base's own)")
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
     parser.add_argument("--trust-remote-code", action="store_true", help="run code from the base model's repository")
     chosen = vars(parser.parse_args(arguments))
     with told():
+        chosen["adapter"] = which_adapter(chosen["adapter"]).adapter
         from lora_lightning.cli.merged import merge_into_folder  # torch and transformers: not for --help
 
         report = merge_into_folder(**chosen)

@@ -224,7 +224,7 @@ def test_nothing_is_written_over(adapter, tmp_path, capsys):
 
 def test_an_adapter_that_is_none_or_damaged_is_told(adapter, base, tmp_path, capsys):
     _, folder = adapter
-    assert "not an adapter folder: no adapter_config.json" in refused(capsys, base, tmp_path / "whole")
+    assert f"there is no adapter in {base}: no adapter_config.json" in refused(capsys, base, tmp_path / "whole")
     assert "there is no folder" in refused(capsys, tmp_path / "nothing", tmp_path / "whole")
     edit(folder, lambda tensors: next(iter(tensors.values()))[0].fill_(float("inf")))
     assert "not finite" in refused(capsys, folder, tmp_path / "whole")
@@ -278,3 +278,9 @@ def test_it_is_a_console_command(adapter, tmp_path, monkeypatch, capsys):
         merge.main(["--help"], "lora-lightning merge")
     assert left.value.code == 0
     assert "--untie" in capsys.readouterr().out
+
+
+def test_a_run_stands_for_its_adapter(adapter, tmp_path):
+    run(tmp_path, tmp_path / "whole")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
+    torch.testing.assert_close(logits(merged), logits(adapter[0]))

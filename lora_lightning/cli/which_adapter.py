@@ -1,0 +1,118 @@
+"""Which adapter a command line means: an adapter folder, the folder of a run, or one on the Hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from lora_lightning.errors import AdapterError, did_you_mean
+
+_CONFIG = "adapter_config.json"
+_RUN_FILES = ("config.yaml", "result.json")
+_DEPTH = 4
+_MOST = 8
+
+
+class Which(NamedTuple):
+    """What was meant.
+
+    Attributes:
+        adapter: An adapter folder, or ``owner/name[@revision]`` on the Hub.
+        run: The folder of the run that left it, where it lies in one.
+    """
+
+    adapter: str
+    run: Path | None
+
+
+def which_adapter(place: str | os.PathLike[str]) -> Which:
+    """Find the adapter in what was typed.
+
+    Args:
+        place: An adapter folder; the folder of a run, whose ``adapter/`` is taken; or ``owner/name[@revision]``.
+
+    Raises:
+        AdapterError: If there is no adapter, or there are several. What is there is named, with the adapters below it.
+    """
+    folder = Path(place)
+    if not folder.exists():
+        if _may_be_on_the_hub(place):
+            return Which(os.fspath(place), None)
+        raise AdapterError(f"there is no folder {folder}{_near(folder)}")
+    if folder.is_file():
+        raise AdapterError(f"{folder} is a file, and an adapter is a folder that holds {_CONFIG}{_of_file(folder)}")
+    if (folder / _CONFIG).is_file():
+        return Which(str(folder), run_around(folder))
+    inside = [folder / "adapter", *sorted((folder / "adapter").glob("*/"))]
+    found = [each for each in inside if (each / _CONFIG).is_file()]
+    if len(found) == 1:
+        return Which(str(found[0]), folder if _is_run(folder) else None)
+    raise AdapterError(_nothing_in(folder, found))
+
+
+def run_around(folder: Path) -> Path | None:
+    """The folder of the run that an adapter folder lies in: as ``adapter``, ``adapter/NAME`` or below ``checkpoints``.
+
+    None where it lies in none.
+    """
+    absolute = folder.absolute()
+    above = [absolute.parent, absolute.parent.parent]
+    return next((each for each in above if _is_run(each)), None)
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _RUN_FILES)
+
+
+def _may_be_on_the_hub(place: str | os.PathLike[str]) -> bool:
+    text = os.fspath(place)
+    return text.count("/") == 1 and not text.startswith((".", "/", "~")) and not text.endswith("/")
+
+
+def _near(folder: Path) -> str:
+    """The nearest name beside a folder that is not there, or the last one on the way to it that is."""
+    parent = folder.absolute().parent
+    if parent.is_dir():
+        return did_you_mean(folder.name, [each.name for each in parent.iterdir() if each.is_dir()])
+    while not parent.is_dir():
+        parent = parent.parent
+    return f"; there is {parent}, which holds {_listed(sorted(each.name for each in parent.iterdir()))}"
+
+
+def _of_file(file: Path) -> str:
+    if file.suffix == ".ckpt":
+        return f". To make one of this checkpoint: lora-lightning to-adapter {file}"
+    if (file.parent / _CONFIG).is_file():
+        return f": give {file.parent}"
+    return ""
+
+
+def _nothing_in(folder: Path, several: list[Path]) -> str:
+    candidates = several or list(_below(folder, _DEPTH))
+    if candidates:
+        newest = sorted(candidates, key=lambda each: (each / _CONFIG).stat().st_mtime, reverse=True)
+        lines = "".join(f"\n  - {each}" for each in newest[:_MOST])
+        more = f"\n  and {len(newest) - _MOST} more" if newest[_MOST:] else ""
+        what = "holds several adapters" if several else f"is not an adapter folder (no {_CONFIG}), but there are some"
+        return f"{folder} {what}; name one of them, the newest first:{lines}{more}"
+    there = _listed(sorted(each.name for each in folder.iterdir()))
+    checkpoints = sorted(folder.rglob("*.ckpt"))
+    hint = f". To make one of a checkpoint: lora-lightning to-adapter {checkpoints[-1]}" if checkpoints else ""
+    return f"there is no adapter in {folder}: no {_CONFIG} in it or below it (it holds {there}){hint}"
+
+
+def _below(folder: Path, depth: int) -> Iterator[Path]:
+    for each in sorted(folder.iterdir()):
+        if not each.is_dir() or each.name.startswith("."):
+            continue
+        if (each / _CONFIG).is_file():
+            yield each
+        if depth > 1:
+            yield from _below(each, depth - 1)
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _MOST} more" if names[_MOST:] else ""
+    return (", ".join(names[:_MOST]) or "nothing") + more
