@@ -45,3 +45,10 @@ def series(metrics_csv: Path, *columns: str) -> list[Points]:
         rows = list(csv.DictReader(file))
     # Lightning numbers steps from 0: what stands at step n was measured after n + 1 of them.
     return [[(int(row["step"]) + 1, float(row[name])) for row in rows if row.get(name)] for name in columns]
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Means over a centred window of a tenth of the run, cut at the ends."""
+    reach = max(1, len(values) // 20)
+    windows = [values[max(0, index - reach) : index + reach + 1] for index in range(len(values))]
+    return [sum(window) / len(window) for window in windows]

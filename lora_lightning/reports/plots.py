@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lora_lightning.reports.curves import Points, joined
+from lora_lightning.reports.curves import Points, joined, smoothed
 
 _TRAINED, _VALIDATED = "#4878b6", "#d1495b"
 
@@ -43,13 +43,6 @@ def loss_picture(
         return None
 
 
-def _smoothed(values: list[float]) -> list[float]:
-    """Means over a centred window of a tenth of the run, cut at the ends."""
-    reach = max(1, len(values) // 20)
-    windows = [values[max(0, index - reach) : index + reach + 1] for index in range(len(values))]
-    return [sum(window) / len(window) for window in windows]
-
-
 def _draw(trained: Points, validated: Points, png: Path) -> Path:
     # The object interface: pyplot would keep the figure and might look for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -61,7 +54,7 @@ def _draw(trained: Points, validated: Points, png: Path) -> Path:
     if trained:
         steps, losses = zip(*trained, strict=True)
         axes.plot(steps, losses, color=_TRAINED, alpha=0.4, linewidth=1)
-        axes.plot(steps, _smoothed(list(losses)), color=_TRAINED, linewidth=2, label="training (smoothed)")
+        axes.plot(steps, smoothed(losses), color=_TRAINED, linewidth=2, label="training (smoothed)")
     if validated:
         steps, losses = zip(*validated, strict=True)
         axes.plot(steps, losses, color=_VALIDATED, marker="o", markersize=5, linewidth=1.5, label="validation")

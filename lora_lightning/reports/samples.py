@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lora_lightning.reports.texts import printable
 from lora_lightning.tasks.generate import evaluating
 
 
@@ -30,12 +32,13 @@ class SampleWriter(Callback):
 
     Works with any module that has ``generate_text(list of prompts) -> list of texts`` and any data module that has
     ``sample_prompts()``; does nothing without them, nor where the model is spread over devices. Writes to the console,
-    to a file in the run's folder that is only ever added to, and to TensorBoard and W&B. A resumed run goes on with
+    to two files in the run's folder that are only ever added to, and to TensorBoard and W&B. A resumed run goes on with
     its next validation. The random states and the modes of the modules are left as they were.
 
     Args:
         every_validation: Whether to write at each validation too.
-        filename: The file in the run's folder.
+        filename: The file for people in the run's folder. Beside it lies one for programs, ``.jsonl``: a line each time,
+            with ``title``, ``step`` and for each prompt its ``prompt``, ``written`` and ``reference`` (or null).
     """
 
     def __init__(self, every_validation: bool = True, filename: str = "samples.md") -> None:
@@ -70,7 +73,9 @@ class SampleWriter(Callback):
             with isolate_rng(), evaluating(pl_module):
                 self._latest = (step, writer.generate_text([prompt.prompt for prompt in prompts]))
         texts = self._latest[1]
-        _append(Path(folder or ".") / self.filename, title, step, prompts, texts)
+        file = Path(folder or ".") / self.filename
+        _append(file, title, step, prompts, texts)
+        _append_record(file.with_suffix(".jsonl"), title, step, prompts, texts)
         _to_loggers(trainer, step, prompts, texts)
         before = self._first if title == "After training" else None
         # The progress bar's own console, if there is one: another would write across the bar.
@@ -102,6 +107,15 @@ def _append(path: Path, title: str, step: int, prompts: Sequence[_Prompt], texts
         file.write(("# Samples\n\n" if new else "") + "\n\n".join(parts) + "\n\n")
 
 
+def _append_record(path: Path, title: str, step: int, prompts: Sequence[_Prompt], texts: list[str]) -> None:
+    samples = [
+        {"prompt": prompt.shown, "written": text, "reference": prompt.reference}
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"title": title, "step": step, "samples": samples}) + "\n")
+
+
 def _to_loggers(trainer: Trainer, step: int, prompts: Sequence[_Prompt], texts: list[str]) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
@@ -123,13 +137,8 @@ def _table(title: str, prompts: Sequence[_Prompt], texts: list[str], before: lis
     for heading, _, style in columns:
         table.add_column(heading, style=style, ratio=1)
     for cells in zip(*(cells for _, cells, _ in columns), strict=True):
-        table.add_row(*(Text(_printable(cell)) for cell in cells))  # Text: square brackets in a text are no markup
+        table.add_row(*(Text(printable(cell)) for cell in cells))  # Text: square brackets in a text are no markup
     return table
-
-
-def _printable(text: str) -> str:
-    """What an untrained model writes may hold control characters, which a terminal would obey."""
-    return "".join(sign if sign.isprintable() or sign == "\n" else "\N{REPLACEMENT CHARACTER}" for sign in text)
 
 
 def _shortened(text: str, most: int = 160) -> str:

@@ -6,8 +6,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 
 from lora_lightning.reports import loss_picture
-from lora_lightning.reports.curves import joined, parts_of, series
-from lora_lightning.reports.plots import _smoothed
+from lora_lightning.reports.curves import joined, parts_of, series, smoothed
 
 LOSSES = ("train_loss", "val_loss")
 
@@ -78,9 +77,9 @@ def test_a_run_begun_anew_in_a_folder_has_nothing_of_the_one_before(tmp_path):
 
 
 def test_smoothing_keeps_ends_and_levels():
-    assert _smoothed([3.0] * 50) == [3.0] * 50
-    assert _smoothed([1.0]) == [1.0]
-    smooth = _smoothed([0.0, 2.0] * 30)
+    assert smoothed([3.0] * 50) == [3.0] * 50
+    assert smoothed([1.0]) == [1.0]
+    smooth = smoothed([0.0, 2.0] * 30)
     assert all(0.6 < value < 1.4 for value in smooth[1:-1])
 
 

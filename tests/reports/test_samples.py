@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lora_lightning.reports import SampleWriter
-from lora_lightning.reports.samples import _printable
+from lora_lightning.reports.texts import printable
 
 
 def headings(path):
@@ -37,6 +37,17 @@ def test_before_at_each_validation_and_after(module, data, make_trainer, tmp_pat
     assert all(f"**Written:** {each or '(nothing)'}" in last for each in after)
     assert "> minister [bold]\n> second line" in first
     assert text.count("**Reference:** [red] wins") == 4
+    records = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert [(each["title"], each["step"]) for each in records] == [
+        ("Before training", 0),
+        ("After 4 steps", 4),
+        ("After 8 steps", 8),
+        ("After training", 8),
+    ]
+    assert [each["written"] for each in records[0]["samples"]] == before
+    assert [each["written"] for each in records[-1]["samples"]] == after
+    assert records[0]["samples"][0]["prompt"] == "minister [bold]\nsecond line"
+    assert [each["reference"] for each in records[0]["samples"]] == ["[red] wins", None]
     shown = capsys.readouterr().out
     assert "[red] wins" in shown  # brackets are not taken for markup
     assert "Before" in shown.rpartition("After training")[2]
@@ -149,7 +160,7 @@ def test_two_processes(tmp_path):
 
 
 def test_control_characters_do_not_reach_the_terminal():
-    assert _printable("a\x1b[2Jb\r\nä 甲") == "a\ufffd[2Jb\ufffd\nä 甲"
+    assert printable("a\x1b[2Jb\r\nä 甲") == "a\ufffd[2Jb\ufffd\nä 甲"
 
 
 def test_tensorboard(module, data, make_trainer, tmp_path):
