@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_lightning.adapters.spectrum import update_svd
 from lora_lightning.errors import LoraConfigError, did_you_mean
 
 _ON_PARTS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -154,7 +155,8 @@ def _on_updates(parts: Sequence[Part], way: Combination, rank: int, in_first: bo
     exact = torch.promote_types(first.a.dtype, torch.float32)
     lefts, rights = [part.b.to(exact).flatten(1) for part in parts], [part.a.to(exact).flatten(1) for part in parts]
     if way.how == "svd" and way.svd_clamp is None:
-        u, s, v = _svd_of_product(parts, lefts, rights)
+        weighted = [part.weight * part.scaling * right for part, right in zip(parts, rights, strict=True)]
+        u, s, v = update_svd(torch.cat(weighted), torch.cat(lefts, dim=1))
     else:
         updates = [(b @ a) * part.scaling for part, b, a in zip(parts, lefts, rights, strict=True)]
         updates = [update.t().contiguous() for update in updates] if in_first else updates
@@ -171,21 +173,6 @@ def _on_updates(parts: Sequence[Part], way: Combination, rank: int, in_first: bo
     a[: len(right)] = right.reshape(-1, *first.a.shape[1:])
     b[:, : left.shape[1]] = left.reshape(len(b), -1, *first.b.shape[2:])
     return a.to(first.a.dtype), b.to(first.b.dtype)
-
-
-def _svd_of_product(
-    parts: Sequence[Part], lefts: Sequence[Tensor], rights: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The decomposition of ``Σ w s B A`` by way of that of a matrix as small as the ranks, which it is no larger than.
-
-    In float64 throughout (where the device has it), so that nothing is lost on the way.
-    """
-    wide = torch.float64 if lefts[0].device.type != "mps" else lefts[0].dtype
-    weighted = [part.weight * part.scaling * right.to(wide) for part, right in zip(parts, rights, strict=True)]
-    q_left, r_left = torch.linalg.qr(torch.cat([left.to(wide) for left in lefts], dim=1))
-    q_right, r_right = torch.linalg.qr(torch.cat(weighted).t())
-    u, s, v = torch.linalg.svd(r_left @ r_right.t(), full_matrices=False)
-    return q_left @ u, s, v @ q_right.t()
 
 
 def _mixed(tensors: Sequence[Tensor], weights: Sequence[float], way: Combination) -> Tensor:
