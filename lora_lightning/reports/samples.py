@@ -37,8 +37,8 @@ class SampleWriter(Callback):
 
     Args:
         every_validation: Whether to write at each validation too.
-        filename: The file for people in the run's folder. Beside it lies one for programs, ``.jsonl``: a line each time,
-            with ``title``, ``step`` and for each prompt its ``prompt``, ``written`` and ``reference`` (or null).
+        filename: The file for people in the run's folder. Beside it lies one for programs, ``.jsonl``: a line each
+            time, with ``title``, ``step`` and for each prompt its ``prompt``, ``written`` and ``reference`` (or null).
     """
 
     def __init__(self, every_validation: bool = True, filename: str = "samples.md") -> None:
