@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,19 +12,16 @@ from typing import Any
 import torch
 import transformers
 from safetensors import safe_open
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from lora_lightning.adapters import MergeReport, adapter_folder, load_adapter, merge_lora, read_record
+from lora_lightning.adapters import MergeReport, adapter_folder, merge_lora
 from lora_lightning.adapters.facts import WEIGHTS_FILE
-from lora_lightning.adapters.fingerprint import fingerprint
 from lora_lightning.adapters.folder import check_folder
-from lora_lightning.adapters.merge import fold_in
 from lora_lightning.adapters.merge_report import largest_difference, outputs_of
-from lora_lightning.adapters.peft_names import PREFIX
+from lora_lightning.cli.adapted import adapt, base_of, make_room, tokenizer_in
 from lora_lightning.cli.to_adapter import copy_tokenizer
 from lora_lightning.errors import AdapterError
-from lora_lightning.injection.state import the_root
 from lora_lightning.tasks.files import fetch_model
 from lora_lightning.tasks.hub_errors import explained
 from lora_lightning.tasks.model_config import ModelConfig
@@ -81,21 +77,18 @@ def merge_into_folder(
         raise AdapterError(f"{folder} is there already, and a model is not written over anything: name another folder")
     place = adapter_folder(adapter)
     config = check_folder(place)
-    name = base or config.get("base_model_name_or_path")
-    if not name:
-        raise AdapterError(f"{adapter} does not say what it was trained on: name the base model with --base")
-    settings = ModelConfig(name, None if base else config.get("revision"), trust_remote_code=trust_remote_code)
+    settings = base_of(adapter, config, base, trust_remote_code=trust_remote_code)
     source = fetch_model(settings)
     model = _load(settings, source, config, _labels(place), dtype)
-    _make_room(model, place, config, trust_remote_code)
-    _adapt(model, place, name, any_base=any_base)
+    make_room(model, place, config, trust_remote_code)
+    adapt(model, place, settings.name, any_base=any_base)
     batch = _batch(model, place, source, text, trust_remote_code)
     before = outputs_of(model, batch)
     report = merge_lora(model, safe=False, exact=exact, untie=untie)
     if dtype != "auto":
         _cast(model, getattr(torch, dtype))
     report = replace(report, difference=largest_difference(before, outputs_of(model, batch)))
-    model.name_or_path = model.config.name_or_path = name
+    model.name_or_path = model.config.name_or_path = settings.name
     _write(model, folder, place, source, max_shard_size)
     return report
 
@@ -131,55 +124,9 @@ def _labels(place: Path) -> int | None:
         return file.get_slice(heads[0]).get_shape()[0] if heads else None
 
 
-def _make_room(model: PreTrainedModel, place: Path, config: Mapping[str, Any], trust_remote_code: bool) -> None:
-    """Give the base rows for the tokens that training added to it, which the adapter and its tokenizer tell of."""
-    embedding: Any = model.get_input_embeddings()
-    if (rows := _rows_in(place, model, embedding)) is None:  # where it is padded, more than there are tokens
-        named = config.get("trainable_token_indices") or []
-        named = [token for tokens in named.values() for token in tokens] if isinstance(named, dict) else named
-        tokenizer = _tokenizer(place, trust_remote_code)
-        rows = max([0 if tokenizer is None else len(tokenizer), *(token + 1 for token in named)])
-    if rows > embedding.weight.shape[0]:
-        model.resize_token_embeddings(rows)
-
-
-def _rows_in(place: Path, model: PreTrainedModel, embedding: nn.Module) -> int | None:
-    """How many rows a file has for the embedding, where that was trained in full."""
-    name = next(name for name, module in model.named_modules() if module is embedding)
-    with safe_open(place / WEIGHTS_FILE, "pt") as file:
-        key = f"{PREFIX}{name}.weight"
-        return file.get_slice(key).get_shape()[0] if key in file.keys() else None  # noqa: SIM118  # not a dict
-
-
-def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
-    """The tokenizer in a folder, None where there is none."""
-    if not (folder / "tokenizer_config.json").is_file():
-        return None
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-
-
-def _adapt(model: PreTrainedModel, place: Path, base: str, *, any_base: bool) -> None:
-    """Load the adapter, those that were folded in below it first, and look whether this is the base of its training."""
-    record = read_record(place)
-    for earlier in record.get("bases", ()):
-        fold_in(model, earlier)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*the base model is not the one")  # an error below
-        load_adapter(model, place)
-    root, told = the_root(model)[1], record.get("base_fingerprint")
-    # Training may have loaded the same weights in half precision.
-    own = [fingerprint(root, rounded_to) for rounded_to in (None, torch.bfloat16, torch.float16)]
-    if told is not None and told not in own and not any_base:
-        raise AdapterError(
-            f"{base} is not the model that {place} was trained on (its fingerprint is {own[0]}, that of the training "
-            f"{told}): name the right one with --base, or say --any-base to merge all the same, as an adapter that was "
-            "trained over the same base in few bits (QLoRA) is merged into that of full precision"
-        )
-
-
 def _batch(model: PreTrainedModel, place: Path, source: Path, text: str, trust_remote_code: bool) -> dict[str, Tensor]:
     """The text as token numbers; the first numbers there are, where there is no tokenizer."""
-    tokenizer = _tokenizer(place, trust_remote_code) or _tokenizer(source, trust_remote_code)
+    tokenizer = tokenizer_in(place, trust_remote_code) or tokenizer_in(source, trust_remote_code)
     if tokenizer is not None:
         batch = dict(tokenizer(text, return_tensors="pt"))
     else:
