@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lora_lightning.data.module import DataModule
-from lora_lightning.reports import SampleWriter
+from lora_lightning.reports import InsightCallback, SampleWriter
 from lora_lightning.sweeps import manifest
 from lora_lightning.sweeps.pruning import pruning_in
 from lora_lightning.sweeps.runs import current_sweep
@@ -46,10 +46,10 @@ def as_job(cfg: DictConfig) -> DictConfig:
 
 
 def job_callbacks(cfg: DictConfig, callbacks: list[Callback]) -> list[Callback]:
-    """The callbacks that a run has: as a job of a sweep without bars and samples, with its status file and pruning."""
+    """The callbacks that a run has: as a job of a sweep without bars and reports, with its status file and pruning."""
     if current_sweep() is None:
         return callbacks
-    unwanted = (ProgressBar,) if reports_wanted(cfg) else (ProgressBar, SampleWriter)
+    unwanted = (ProgressBar,) if reports_wanted(cfg) else (ProgressBar, SampleWriter, InsightCallback)
     kept = [each for each in callbacks if not isinstance(each, unwanted)]
     return [*kept, StatusFile(cfg.paths.output_dir), *pruning_in(Path(cfg.paths.output_dir))]
 

@@ -1,0 +1,165 @@
+"""The callback that looks at the adapters at each validation, and tells what it sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch.optim import Optimizer
+
+from lora_lightning.reports.insight.measure import (
+    Layers,
+    base_norms,
+    gradient_norms,
+    is_spread,
+    left_out,
+    measured,
+    names_below,
+    watched_layers,
+)
+from lora_lightning.reports.insight.rows import InsightRow, append_rows, go_on
+
+Summary = Callable[[Sequence[float]], float]
+_LOGGED: dict[str, dict[str, Summary]] = {
+    "effective_rank": {"mean": fmean, "min": min, "max": max},
+    "stable_rank": {"mean": fmean},
+    "rank_used": {"mean": fmean, "max": max},
+    "relative_norm": {"mean": fmean, "min": min, "max": max},
+    "grad_norm_A": {"mean": fmean, "max": max},
+    "grad_norm_B": {"mean": fmean, "max": max},
+}
+
+
+class InsightCallback(Callback):
+    """At each validation and at the end, look at every adapted layer: how much of its rank it uses, how far it went.
+
+    A row for each layer goes to ``insight.csv`` in the run's folder (see :class:`InsightRow`), means and extremes to
+    the loggers as ``insight/…``, and a picture of all layers to ``insight.png``, W&B and TensorBoard. Layers that could
+    have an adapter and have none have a row too, with ``r`` 0. A resumed run goes on with its file. Nothing happens in
+    other steps than the last before a validation, whose gradients' norms are kept; where it is not known beforehand
+    which that is (early stopping), the row says nothing of gradients.
+
+    The first process writes. Adapters that FSDP2 or tensor parallelism has spread are gathered, which all processes do
+    together. Where an engine has flattened the base (FSDP) or split the adapters (ZeRO-3), what would need them is left
+    out. Nothing happens in a ``fast_dev_run``.
+
+    Args:
+        picture: Whether to draw ``insight.png``.
+        filename: The name of the file in the run's folder, less ``.csv`` and ``.png``.
+    """
+
+    def __init__(self, picture: bool = True, filename: str = "insight") -> None:
+        self.picture = picture
+        self.filename = filename
+        self._forget()
+
+    def _forget(self) -> None:
+        self._layers: Layers | None = None
+        self._norms: dict[str, float | None] | None = None
+        self._left_out: list[tuple[str, int]] = []
+        self._gradients: tuple[int, list[str], torch.Tensor] | None = None
+        self._seen = -1  # the step at which was looked last
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on with an earlier part of this run, or leave its file be."""
+        self._forget()
+        folder = trainer.log_dir  # asks all processes, so not below the next line
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            go_on(self._file(folder, ".csv"), trainer.global_step)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Keep the norms of the gradients, in the last step before a validation."""
+        if trainer.fast_dev_run or not validates_next(trainer):  # type: ignore[attr-defined]
+            return
+        if (found := gradient_norms(self._watched(pl_module))) is not None:
+            self._gradients = (trainer.global_step + 1, *found)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the layers."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._look(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at what came out, unless the last validation has seen it."""
+        self._look(trainer, pl_module)
+
+    def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        step = trainer.global_step
+        if trainer.fast_dev_run or step in (0, self._seen):  # type: ignore[attr-defined]
+            return
+        self._seen = step
+        layers, folder = self._watched(pl_module), trainer.log_dir
+        if self._norms is None:
+            self._norms = base_norms(layers)
+        if not layers or not (trainer.is_global_zero or is_spread(layers)):
+            return
+        names, norms = (
+            self._gradients[1:] if self._gradients is not None and self._gradients[0] == step else ([], torch.empty(0))
+        )
+        gradients = dict(zip(names, norms.tolist(), strict=True))
+        rows = measured(layers, step, self._norms, gradients)
+        if trainer.is_global_zero:
+            self._tell(trainer, pl_module, rows, self._file(folder, ".csv"))
+
+    def _tell(self, trainer: Trainer, pl_module: LightningModule, rows: list[InsightRow], path: Path) -> None:
+        shown = names_below(pl_module, [row.layer for row in rows] + [name for name, _ in self._left_out])
+        step = trainer.global_step
+        rows = [InsightRow(**(vars(row) | {"layer": shown[row.layer]})) for row in rows]
+        rows += [InsightRow(step, shown[name], r=0, parameters=size) for name, size in self._left_out]
+        append_rows(path, rows)
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars(rows), step=step - 1)  # Lightning's number of the step that was the last
+        if self.picture:
+            self._draw(trainer, rows)
+
+    def _draw(self, trainer: Trainer, rows: list[InsightRow]) -> None:
+        from lora_lightning.reports.insight.picture import insight_picture, pixels
+
+        png = self._file(trainer.log_dir, ".png")
+        try:
+            insight_picture(rows, png)
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    logger.log_image("insight", [str(png)])
+                elif isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_image("insight", pixels(png), trainer.global_step, dataformats="HWC")
+        except Exception as error:  # a run does not fail for its picture
+            rank_zero_warn(f"The picture {png} could not be drawn: {error}")
+
+    def _watched(self, pl_module: LightningModule) -> Layers:
+        if self._layers is None:
+            self._layers = watched_layers(pl_module)
+            self._left_out = list(left_out(pl_module))
+            if not self._layers:
+                rank_zero_info("InsightCallback has nothing to look at: no layer of this model has an adapter")
+        return self._layers
+
+    def _file(self, folder: str | None, suffix: str) -> Path:
+        return Path(folder or ".") / f"{self.filename}{suffix}"
+
+
+def validates_next(trainer: Trainer) -> bool:
+    """Whether a validation, or the end, comes before another optimizer step; yes where only time will tell."""
+    if trainer.is_last_batch or trainer.global_step + 1 == trainer.max_steps:
+        return True
+    every = trainer.val_check_batch  # in batches; None where it is a time
+    if every is None or every == float("inf"):
+        return every is None
+    loop = trainer.fit_loop.epoch_loop
+    done = (loop.total_batch_idx if trainer.check_val_every_n_epoch is None else loop.batch_idx) + 1
+    return -done % every < trainer.accumulate_grad_batches
+
+
+def scalars(rows: Sequence[InsightRow]) -> dict[str, float]:
+    """Means and extremes over the layers, by the names under which they are logged."""
+    found: dict[str, float] = {}
+    for column, ways in _LOGGED.items():
+        values = [value for row in rows if (value := getattr(row, column)) is not None]
+        if values:
+            found |= {f"insight/{column}_{name}": way(values) for name, way in ways.items()}
+    return found
