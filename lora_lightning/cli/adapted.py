@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,16 +72,32 @@ def tokenizer_in(folder: Path, trust_remote_code: bool) -> Any:
 
 def adapt(model: PreTrainedModel, place: Path, base: str, *, any_base: bool) -> None:
     """Load the adapter, those that were folded in below it first, and look whether this is the base of its training."""
-    record = read_record(place)
-    for earlier in record.get("bases", ()):
+    for earlier in read_record(place).get("bases", ()):
         fold_in(model, earlier)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*the base model is not the one")  # an error below
+    with quiet_about_the_base():
         load_adapter(model, place)
-    root, told = the_root(model)[1], record.get("base_fingerprint")
+    if not any_base:
+        check_base(model, place, base)
+
+
+@contextlib.contextmanager
+def quiet_about_the_base() -> Iterator[None]:
+    """Leave out the warning that this is another base, where `check_base` makes an error of it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*the base model is not the one")
+        yield
+
+
+def check_base(model: PreTrainedModel, place: Path, base: str) -> None:
+    """Refuse a base, here under the adapter of ``place``, that is not the one that adapter was trained on.
+
+    Raises:
+        AdapterError: It is another; what to do is told.
+    """
+    root, told = the_root(model)[1], read_record(place).get("base_fingerprint")
     # Training may have loaded the same weights in half precision.
     own = [fingerprint(root, rounded_to) for rounded_to in (None, torch.bfloat16, torch.float16)]
-    if told is not None and told not in own and not any_base:
+    if told is not None and told not in own:
         raise AdapterError(
             f"{base} is not the model that {place} was trained on (its fingerprint is {own[0]}, that of the training "
             f"{told}): name the right one with --base, or say --any-base to take it all the same, as an adapter that "
