@@ -22,6 +22,7 @@ from lora_lightning.cli.progress import Announcement
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import LoraConfigError, did_you_mean
 from lora_lightning.reports import RunRecorder, closing_table, loss_picture
+from lora_lightning.reports.page import AboutRun, try_page
 
 
 def train(
@@ -63,7 +64,8 @@ def train(
         hush(cfg, parts.data)
         callbacks = job_callbacks(cfg, make_callbacks(cfg))
         recorder = next((each for each in callbacks if isinstance(each, RunRecorder)), recorder)
-        callbacks += [each for each in (recorder, announcement) if each not in callbacks]
+        about = [AboutRun(folder, overrides)] if reports_wanted(cfg) else []
+        callbacks += [each for each in (recorder, announcement, *about) if each not in callbacks]
         trainer = make_trainer(cfg, callbacks, make_loggers(cfg))
         trackers.log_config(trainer.loggers, resolved(cfg))
         _fit(cfg, trainer, parts, announcement, checkpoint)
@@ -142,6 +144,8 @@ def _leave(
     if status == "finished" and reports:
         console.print(closing_table(content))
     console.print(f"Run folder: {result.parent}", soft_wrap=True)
+    if reports and (page := try_page(folder)) is not None:
+        console.print(f"One page of it: {page}", soft_wrap=True)
 
 
 def _tested(trainer: Trainer) -> dict[str, float]:
