@@ -33,6 +33,7 @@ _HOMES = {
     "meta_parameters": "injection",
     "parameter_groups": "optim",
     "push_adapter": "adapters",
+    "resize_adapter": "adapters",
     "save_adapter": "adapters",
     "unload_lora": "injection",
 }
@@ -58,6 +59,7 @@ __all__ = [
     "meta_parameters",
     "parameter_groups",
     "push_adapter",
+    "resize_adapter",
     "save_adapter",
     "unload_lora",
 ]
@@ -70,6 +72,7 @@ if TYPE_CHECKING:
         load_base,
         merge_lora,
         push_adapter,
+        resize_adapter,
         save_adapter,
     )
     from lora_lightning.callback import LoraCallback

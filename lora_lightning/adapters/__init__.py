@@ -7,11 +7,13 @@ from lora_lightning.adapters.hub import adapter_folder
 from lora_lightning.adapters.merge import merge_lora
 from lora_lightning.adapters.merge_report import MergeReport
 from lora_lightning.adapters.push import push_adapter
+from lora_lightning.adapters.resize import ResizeReport, resize_adapter
 from lora_lightning.adapters.several import Adapters
 
 __all__ = [
     "Adapters",
     "MergeReport",
+    "ResizeReport",
     "adapter_folder",
     "adapter_from_checkpoint",
     "load_adapter",
@@ -20,5 +22,6 @@ __all__ = [
     "push_adapter",
     "read_config",
     "read_record",
+    "resize_adapter",
     "save_adapter",
 ]

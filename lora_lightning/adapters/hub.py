@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 from lora_lightning.adapters.facts import ADAPTER_FILES, CONFIG_FILE, WEIGHTS_FILE
@@ -49,6 +50,27 @@ def adapter_folder(place: str | os.PathLike[str]) -> Path:
             f"adapter_model.bin, are not read: save it as safetensors with PEFT first). Its files: {page_of(name)}"
         )
     return folder
+
+
+def copy_tokenizer(source: Path, folder: Path) -> list[str]:
+    """Copy a tokenizer's files, its chat template among them, from one folder to another.
+
+    Args:
+        source: The folder that may have a tokenizer.
+        folder: Where to; files of those names are written over.
+
+    Returns:
+        What was copied; nothing where ``source`` has no tokenizer.
+    """
+    if not (source / "tokenizer_config.json").is_file():
+        return []
+    found = sorted({path for pattern in TOKENIZER_FILES for path in source.glob(pattern)})
+    for path in found:
+        if path.is_dir():
+            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+        else:
+            shutil.copy2(path, folder / path.name)
+    return [path.name for path in found]
 
 
 def id_of(place: str | os.PathLike[str]) -> tuple[str, str | None] | None:

@@ -71,6 +71,28 @@ def written_aside(path: Path) -> Iterator[BufferedWriter]:
         aside.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to write into that is there whole under its name afterwards, or not at all.
+
+    Raises:
+        AdapterError: If something is there already, or it cannot be written.
+    """
+    path = Path(path)
+    if os.path.lexists(path):
+        raise AdapterError(f"{path} is there already, and nothing is written over: name another folder")
+    aside = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        aside.rename(path)
+    except OSError as error:
+        raise unwritten(path, error) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def distributed() -> bool:
     """Whether there are several processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

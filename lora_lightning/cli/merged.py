@@ -18,9 +18,10 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from lora_lightning.adapters import MergeReport, adapter_folder, merge_lora
 from lora_lightning.adapters.facts import WEIGHTS_FILE
 from lora_lightning.adapters.folder import check_folder
+from lora_lightning.adapters.hub import copy_tokenizer
 from lora_lightning.adapters.merge_report import largest_difference, outputs_of
+from lora_lightning.adapters.written import new_folder
 from lora_lightning.cli.adapted import adapt, base_of, make_room, tokenizer_in
-from lora_lightning.cli.to_adapter import copy_tokenizer
 from lora_lightning.errors import AdapterError
 from lora_lightning.tasks.files import fetch_model
 from lora_lightning.tasks.hub_errors import explained
@@ -144,18 +145,11 @@ def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def _write(model: PreTrainedModel, folder: Path, place: Path, source: Path, max_shard_size: str) -> None:
-    """Write the folder aside and rename it, so that it is whole or not there."""
-    aside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
+    """Write the folder whole, or not at all."""
+    with new_folder(folder) as aside:
         model.save_pretrained(aside, max_shard_size=max_shard_size)
         if not (copy_tokenizer(place, aside) or copy_tokenizer(source, aside)):
             print(f"{folder} has no tokenizer: there is none beside the adapter or its base", file=sys.stderr)
         for name in _PROCESSORS:
             if (source / name).is_file():
                 shutil.copy2(source / name, aside / name)
-        aside.rename(folder)
-    except OSError as error:
-        raise AdapterError(f"{folder} could not be written: {error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

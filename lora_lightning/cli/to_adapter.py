@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
     folder = chosen.folder or chosen.checkpoint.with_name(f"{chosen.checkpoint.stem}-adapter")
     with told():
         from lora_lightning.adapters import adapter_from_checkpoint  # torch: not for --help
+        from lora_lightning.adapters.hub import copy_tokenizer
 
         made = adapter_from_checkpoint(chosen.checkpoint, folder, name=chosen.name, fold_scaling=chosen.fold_scaling)
     saved = adapter_of_run(chosen.checkpoint, chosen.name)
@@ -47,29 +47,6 @@ def adapter_of_run(checkpoint: Path, name: str = "default") -> Path:
     """Where the run that wrote ``checkpoints/NAME.ckpt`` leaves its adapter when it ends; it need not be there."""
     folder = checkpoint.absolute().parent.parent / "adapter"
     return folder if name == "default" else folder / name
-
-
-def copy_tokenizer(source: Path, folder: Path) -> list[str]:
-    """Copy a tokenizer's files, its chat template among them, from one folder to another.
-
-    Args:
-        source: The folder that may have a tokenizer.
-        folder: Where to; files of those names are written over.
-
-    Returns:
-        What was copied; nothing where ``source`` has no tokenizer.
-    """
-    if not (source / "tokenizer_config.json").is_file():
-        return []
-    from lora_lightning.adapters.hub import TOKENIZER_FILES  # torch: not for --help
-
-    found = sorted({path for pattern in TOKENIZER_FILES for path in source.glob(pattern)})
-    for path in found:
-        if path.is_dir():
-            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
-        else:
-            shutil.copy2(path, folder / path.name)
-    return [path.name for path in found]
 
 
 if __name__ == "__main__":

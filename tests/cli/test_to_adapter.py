@@ -9,8 +9,9 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from lora_lightning.adapters.hub import copy_tokenizer
 from lora_lightning.cli import to_adapter
-from lora_lightning.cli.to_adapter import adapter_of_run, copy_tokenizer
+from lora_lightning.cli.to_adapter import adapter_of_run
 
 
 def test_a_checkpoint_becomes_the_folder_that_the_run_wrote(smoke, capsys, tmp_path):
