@@ -40,20 +40,39 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         AdapterError: A tensor has a dtype that the format lacks.
     """
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # so that each is aligned
+    ordered = _in_order(tensors)
+    header = _header(ordered)
+    with written_aside(path) as file:
+        file.write(header)
+        for value in ordered.values():
+            file.write(value.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def file_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """How large the file of `write_tensors` would be; tensors without numbers (meta, fake) do as well.
+
+    Raises:
+        AdapterError: As `write_tensors`.
+    """
+    return len(_header(_in_order(tensors))) + sum(value.numel() * value.element_size() for value in tensors.values())
+
+
+def _in_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Wide numbers first, so that each tensor is aligned."""
+    return dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
+
+
+def _header(ordered: Mapping[str, Tensor]) -> bytes:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, value in ordered:
+    for name, value in ordered.items():
         if value.dtype not in _DTYPES:
             raise AdapterError(f"{name} is of {value.dtype}, which safetensors files do not hold")
         begin, end = end, end + value.numel() * value.element_size()
         header[name] = {"dtype": _DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [begin, end]}
     told = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     told += b" " * (-len(told) % 8)
-    with written_aside(path) as file:
-        file.write(len(told).to_bytes(8, "little") + told)
-        for _, value in ordered:
-            file.write(value.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return len(told).to_bytes(8, "little") + told
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ import math
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lora_lightning.layers.written import kernels_for
 
@@ -32,6 +33,8 @@ def draw(x: Tensor, p: float) -> Tensor:
         return torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
     if x.device.type != "cpu" or torch.compiler.is_compiling() or not _RARE <= p <= _MANY:
         return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(p)
+    if p <= _FEW and type(x) is FakeTensor:  # nothing is drawn: as many places as there are on average
+        return torch.empty(round(x.numel() * p), dtype=torch.int64)
     if p <= _FEW and type(x) is Tensor:
         return _places(x.numel(), p)
     # Four elements share one draw of 64 bits, so that p is a multiple of 2⁻¹⁶: several times as fast as bernoulli_.

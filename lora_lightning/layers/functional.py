@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
@@ -156,7 +157,8 @@ def transformed() -> bool:
 _SELECTING = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
 
 
-PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
+"""Tensors without operations of their own. Fake ones, which have a shape and no numbers, stand for such."""
 
 
 def forward_of(

@@ -72,7 +72,7 @@ def run_model(
         a scale and a soft cap.
     """
     root = root_of(model)
-    head = _head_of(root)
+    head = head_of(root)
     if head is None or not _may_answer(model, root, head):
         return None
     restore = None if root in _FORMS else _draws_of(head)
@@ -138,7 +138,7 @@ class _HeadCall:
     def answer(self, x_BTD: Tensor) -> Tensor:
         """The probe, (1, 2, V), for what the head gets; real logits where that is not a row a position."""
         self.times += 1
-        lora = _lora_of(self.head)
+        lora = lora_of(self.head)
         plain = is_plain(x_BTD, self.head.weight, self.head.bias, *(lora[:2] if lora else ()))
         if self.times > 1 or not plain or x_BTD.shape[:-1] != self.targets_BT.shape:
             return type(self.head).forward(self.head, x_BTD)
@@ -185,7 +185,7 @@ class _Tie(torch.autograd.Function):
         return gradient, torch.zeros(**ctx.other)
 
 
-def _head_of(root: nn.Module) -> nn.Linear | None:
+def head_of(root: nn.Module) -> nn.Linear | None:
     """The output layer, if it is a linear layer whose forward is known."""
     try:
         head = cast("Any", root).get_output_embeddings()
@@ -195,7 +195,8 @@ def _head_of(root: nn.Module) -> nn.Linear | None:
     return head if known else None
 
 
-def _lora_of(head: nn.Linear) -> HeadLora | None:
+def lora_of(head: nn.Linear) -> HeadLora | None:
+    """The adapter on an output layer, where there is one in force."""
     if not isinstance(head, LoraLinear) or not head.lora_enabled:
         return None
     return HeadLora(head.lora_A, head.lora_B, head.lora_scaling, head._active_dropout)
@@ -208,7 +209,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def needs_all_logits(model: nn.Module) -> bool:
     """Whether somebody reads a model's logits, or it does things to them that may join positions."""
     root = root_of(model)
-    read = [root, *_around(model, root), *filter(None, [_head_of(root)])]
+    read = [root, *_around(model, root), *filter(None, [head_of(root)])]
     return _FORMS.get(root, Form()) is None or any(_is_read(module) for module in read)
 
 

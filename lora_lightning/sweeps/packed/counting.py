@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from lora_lightning.tasks.live_bytes import LiveBytes
 from lora_lightning.tasks.loss import causal_lm_loss
 
 
@@ -34,7 +32,7 @@ def step_bytes(model: nn.Module, batch: Mapping[str, Tensor], precision: str) ->
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     device = trained[0].device
-    counter = _CudaBytes(device) if device.type == "cuda" else _LiveBytes()
+    counter = _CudaBytes(device) if device.type == "cuda" else LiveBytes()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), counter:
         with _autocast(device, precision):
             total = causal_lm_loss(model, batch).total
@@ -45,34 +43,6 @@ def step_bytes(model: nn.Module, batch: Mapping[str, Tensor], precision: str) ->
 
 def _autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16-mixed" else nullcontext()
-
-
-class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that operations make, each storage once, for as long as somebody holds it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self._sizes: dict[weakref.ref[Any], int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        out = func(*args, **kwargs)
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and id(leaf.untyped_storage()) not in given:
-                self._see(leaf.untyped_storage())
-        return out
-
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        held = weakref.ref(storage, self._gone)
-        if held not in self._sizes:
-            self._sizes[held] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.most = max(self.most, self.now)
-
-    def _gone(self, held: weakref.ref[Any]) -> None:
-        self.now -= self._sizes.pop(held, 0)
 
 
 class _CudaBytes:
