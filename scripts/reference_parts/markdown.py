@@ -1,0 +1,47 @@
+"""Markdown from values and from docstrings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    r"""A table; pipes within its cells are escaped.
+
+    >>> print(table(("key", "means"), [("a|b", "either")]))
+    | key | means |
+    | --- | --- |
+    | a\|b | either |
+    """
+    lines = [columns, ["---"] * len(columns), *([_cell(each) for each in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    text = re.sub(r"\s+", " ", text).strip().replace("|", "\\|")
+    return re.sub(r"(`[^`]*`)|<", lambda found: found[1] or "&lt;", text)  # but in code, which shows it as it is
+
+
+def code(value: object) -> str:
+    """A value in code marks; nothing for nothing.
+
+    >>> code(0.05), code("")
+    ('`0.05`', '')
+    """
+    return f"`{value}`" if str(value) else ""
+
+
+def from_docstring(text: str) -> str:
+    """Docstring markup as Markdown: roles and double backquotes become code.
+
+    >>> from_docstring("A :class:`LoraConfig` with ``r=16``; see :func:`~lora_lightning.inject_lora`.")
+    'A `LoraConfig` with `r=16`; see `inject_lora`.'
+    """
+    text = re.sub(r":math:`([^`]*)`", lambda found: code(_plain_formula(found[1])), text)
+    text = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", text)
+    return re.sub(r"``(.+?)``", r"`\1`", text)
+
+
+def _plain_formula(tex: str) -> str:
+    return re.sub(r"\s+", " ", tex.replace("\\,", " ").replace("\\|", "‖"))
