@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -116,8 +118,37 @@ def shake():
     return move
 
 
+@pytest.fixture(scope="session")
+def warm_python(tmp_path_factory):
+    """A program to stand where ``sys.executable`` does; its processes need not import torch, Lightning, transformers.
+
+    tests/warm/server.py says what they share and when a test wants the real one.
+    """
+    if sys.platform != "linux":  # elsewhere a process that has loaded frameworks is not safely forked
+        yield sys.executable
+        return
+    here, folder = Path(__file__).parent / "warm", tmp_path_factory.mktemp("warm")
+    with tempfile.TemporaryDirectory() as short:  # the name of a socket has at most 107 characters
+        place, program = Path(short) / "socket", folder / "python"
+        start = shlex.join([sys.executable, "-IS", f"{here}/client.py", str(place)])
+        program.write_text(f'#!/bin/sh\nexec {start} "$@"\n')
+        program.chmod(0o755)
+        with (folder / "server.txt").open("w") as log:
+            server = subprocess.Popen(
+                [sys.executable, here / "server.py", place],
+                env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(folder)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
+        assert server.stdout.readline() == b"ready\n", (folder / "server.txt").read_text()
+        yield str(program)
+        server.stdin.close()
+        server.wait(60)
+
+
 @pytest.fixture
-def processes(tmp_path):
+def processes(tmp_path, warm_python):
     """Runs a script in several real processes of one gloo group: processes(script, *arguments, world=2).
 
     Above the script, ``rank``, ``world``, ``out`` (a folder that all share) and ``arguments`` are set.
@@ -138,7 +169,7 @@ def processes(tmp_path):
         env = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
         started = []
         for rank in range(world):
-            command = [sys.executable, out / "script.py", str(rank), str(world), out, *map(str, arguments)]
+            command = [warm_python, out / "script.py", str(rank), str(world), out, *map(str, arguments)]
             with (out / f"rank{rank}.txt").open("w") as log:
                 started.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
         try:
