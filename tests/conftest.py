@@ -130,7 +130,7 @@ def warm_python(tmp_path_factory):
     here, folder = Path(__file__).parent / "warm", tmp_path_factory.mktemp("warm")
     with tempfile.TemporaryDirectory() as short:  # the name of a socket has at most 107 characters
         place, program = Path(short) / "socket", folder / "python"
-        start = shlex.join([sys.executable, "-IS", f"{here}/client.py", str(place)])
+        start = shlex.join([sys.executable, "-IS", f"{here}/client.py", str(place), str(program)])
         program.write_text(f'#!/bin/sh\nexec {start} "$@"\n')
         program.chmod(0o755)
         with (folder / "server.txt").open("w") as log:
@@ -145,6 +145,14 @@ def warm_python(tmp_path_factory):
         yield str(program)
         server.stdin.close()
         server.wait(60)
+
+
+@pytest.fixture(scope="module")
+def warm_starts(warm_python):
+    """Processes that this one starts with ``sys.executable`` start warm, and those that they start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", warm_python)
+        yield
 
 
 @pytest.fixture

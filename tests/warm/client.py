@@ -1,4 +1,7 @@
-"""Stands for a process of the server while that lives: ``python -IS client.py <socket> <arguments of Python>``."""
+"""Stands for a process of the server while that lives: ``python -IS client.py <socket> <program> <arguments>``.
+
+The program is what starts this; it is ``sys.executable`` in the process, so that those that it starts are warm too.
+"""
 
 import json
 import os
@@ -10,8 +13,15 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signa
 
 
 def main() -> None:
-    place, *arguments = sys.argv[1:]
-    request = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}
+    place, program, *arguments = sys.argv[1:]
+    if arguments[0].startswith("-") and arguments[0] not in ("-c", "-m"):  # options of the interpreter
+        os.execv(sys.executable, [sys.executable, *arguments])
+    request = {
+        "program": program,
+        "arguments": arguments,
+        "environment": dict(os.environ),
+        "folder": os.getcwd(),
+    }
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(place)
     text = json.dumps(request).encode() + b"\n"

@@ -3,8 +3,8 @@
 What the imports of torch, Lightning and transformers cost is six seconds of work a process, more than most tests. The
 processes forked here are real ones: their own environment, folder, streams, signals, ``__main__`` and exit with all
 its hooks; ``lora_lightning`` they import themselves. They share what the server started with: what the libraries read
-from the environment as they were imported (OMP_NUM_THREADS, HF_HOME …), and the seed of ``hash``. A test of those, of
-imports, or of whose child a process is wants ``sys.executable``.
+from the environment as they were imported (OMP_NUM_THREADS, HF_HOME …), and the seed of ``hash``. Each has a session
+of its own, and stands below this server. A test of any of that, or of imports, wants the real Python.
 """
 
 from __future__ import annotations
@@ -110,6 +110,7 @@ def become(request: dict, streams: list[int]) -> list[str]:
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
+    sys.executable = request["program"]
     first, *arguments = request["arguments"]
     own = str(Path(first).resolve().parent) if not first.startswith("-") else ""
     told = [each for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each]
@@ -123,7 +124,6 @@ def run(first: str, *arguments: str) -> None:
         sys.argv = [*arguments]
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
         return
-    assert not first.startswith("-") or first == "-c", f"a warm Python takes a file, -c or -m, not {first}"
     module = sys.modules["__main__"] = types.ModuleType("__main__")
     if first == "-c":
         sys.argv, source, name = ["-c", *arguments[1:]], arguments[0], "<string>"
