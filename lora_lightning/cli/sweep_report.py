@@ -9,7 +9,8 @@ from pathlib import Path
 from rich.console import Console
 
 from lora_lightning.cli.told import told
-from lora_lightning.sweeps.report import as_table, collect, write
+from lora_lightning.reports.page import try_sweep_page
+from lora_lightning.sweeps.report import as_data, as_table, collect, write
 
 
 def main(arguments: Sequence[str] | None = None, command: str | None = None) -> None:
@@ -21,8 +22,8 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
     """
     parser = argparse.ArgumentParser(
         prog=command,
-        description="Write sweep.csv, sweep.md, plots/ and best/ (the best job's adapter) into a sweep's folder, from "
-        "what its jobs have left there, and print the table. It can be made again at any time.",
+        description="Write sweep.csv, sweep.md, report.html, plots/ and best/ (the best job's adapter) into a sweep's "
+        "folder, from what its jobs have left there, and print the table. It can be made again at any time.",
     )
     parser.add_argument("folder", type=Path, help="the folder of a --multirun: outputs/<name>/sweep_<date and time>")
     parser.add_argument("--metric", help="a number of result.json to compare jobs by (default: the sweep's own)")
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
 
 
 def report(folder: Path, *, metric: str | None = None, mode: str | None = None, console: Console | None = None) -> Path:
-    """Write a sweep's report and print its table.
+    """Write a sweep's report and its page, ``report.html``, and print its table.
 
     Args:
         folder: The sweep's folder.
@@ -51,7 +52,8 @@ def report(folder: Path, *, metric: str | None = None, mode: str | None = None, 
     sweep = collect(folder, metric=metric, mode=mode)
     path = write(sweep)
     console.print(as_table(sweep))
-    console.print(f"Report: {path}", soft_wrap=True)
+    page = try_sweep_page(sweep.folder, as_data(sweep))
+    console.print(f"Report: {path}{'' if page is None else f' and {page.name} beside it'}", soft_wrap=True)
     return path
 
 

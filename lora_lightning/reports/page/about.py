@@ -1,4 +1,4 @@
-"""``about.json``: what a run is and where it runs, written when it begins, so that its page can tell of one that ended early."""
+"""``about.json``: what a run is and where it runs, written as it begins: the page of one that ends early has it too."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_lightning.reports.curves import Points, smoothed
+from lora_lightning.reports.page.words import figure
 
 _MOST = 300  # points of a line; more are averaged, since a page has no more pixels
 
@@ -125,7 +126,7 @@ def chart(title: str, lines: Sequence[Line], *, steps: int | None = None) -> Cha
         x=[Mark(across(tick), 0.0, f"{tick:,.0f}") for tick in x_ticks],
         y=[Mark(0.0, up(tick), shown.format(tick)) for tick in y_ticks],
         labels=[
-            Mark(across(step), up(value), f"{value:.4g}", line.tone)
+            Mark(across(step), up(value), figure(value), line.tone)
             for line in lines
             if line.dots
             for step, value in dict.fromkeys([line.points[0], line.points[-1]])
@@ -199,8 +200,8 @@ def _finite(line: Line) -> Line:
 def _told(line: Line) -> str:
     (first, begun), (last, ended) = line.points[0], line.points[-1]
     if first == last:
-        return f"{line.name} {begun:.4g} at step {first}"
-    return f"{line.name} from {begun:.4g} at step {first} to {ended:.4g} at step {last}"
+        return f"{line.name} {figure(begun)} at step {first}"
+    return f"{line.name} from {figure(begun)} at step {first} to {figure(ended)} at step {last}"
 
 
 def _rounded(points: Points) -> list[list[float]]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from lora_lightning.reports.page.files import size_of
 from lora_lightning.reports.page.folder import Run
 from lora_lightning.reports.page.words import bytes_of, counted, duration, figure
 
@@ -65,9 +65,13 @@ def facts(run: Run) -> list[Figure]:
     total = _number(run.result.get("total_parameters") or adapted.get("total_parameters"))
     if trains and total:
         found.append(
-            Figure("Trains", f"{trains / total:.2%}", note=f"{counted(trains)} of {counted(total)} parameters")
+            Figure(
+                "Trains",
+                f"{trains / total:.2%}".replace("%", " %"),
+                note=f"{counted(trains)} of {counted(total)} parameters",
+            )
         )
-    if size := _size(run.folder / "adapter"):
+    if size := size_of(run.folder / "adapter"):
         found.append(Figure("Adapter", bytes_of(size), note="on disk"))
     if run.steps:
         planned = run.planned_steps
@@ -110,7 +114,3 @@ def _shown(name: str, value: float) -> str:
 
 def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_lightning.reports.curves import Points, joined, parts_of
+from lora_lightning.reports.insight.rows import InsightRow, read_rows
 
 ABOUT, RESULT, METRICS, CONFIG, SAMPLES = "about.json", "result.json", "metrics.csv", "config.yaml", "samples.jsonl"
 INSIGHT, ADVICE, PROGRESS = "insight.csv", "advice.md", "progress.json"
@@ -40,7 +41,7 @@ class Run:
     config_text: str = ""
     curves: dict[str, Points] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
-    insight: list[dict[str, str]] = field(default_factory=list)
+    insight: list[InsightRow] = field(default_factory=list)
     trouble: list[str] = field(default_factory=list)
 
     @cached_property
@@ -91,7 +92,7 @@ def read_run(folder: Path) -> Run:
         config_text=readable(CONFIG, lambda path: path.read_text(encoding="utf-8"), ""),
         curves=readable(METRICS, _curves, {}),
         samples=readable(SAMPLES, _lines, []),
-        insight=readable(INSIGHT, _rows, []),
+        insight=readable(INSIGHT, read_rows, []),
         trouble=trouble,
     )
 
@@ -130,8 +131,3 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return [each for each in found if isinstance(each, dict)]
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))

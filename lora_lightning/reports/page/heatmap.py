@@ -1,26 +1,19 @@
-"""How the adapted layers use their rank, as a grid: a row for each kind of module, a column for each block."""
+"""What the layers do with their adapters, as grids: a row for each kind of layer, a column for each block."""
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
-# What is shown of a layer: the first of these columns that the file has, and what it means.
-_VALUES = {
-    "rank_used": "share of the rank in use",
-    "used": "share of the rank in use",
-    "effective_rank": "effective rank of the update",
-    "stable_rank": "stable rank of the update",
-}
-_BLOCK = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
-_OUTSIDE = -1  # the column of layers that belong to no block
+from lora_lightning.reports.insight.places import places_of
+from lora_lightning.reports.insight.rows import InsightRow, latest
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A layer: its name and value in words, and its shade from 0 to 1."""
+    """A layer, or the experts of a block: the value in words, and its shade from 0 to 1."""
 
     text: str
     shade: float
@@ -28,93 +21,72 @@ class Cell:
 
 @dataclass(frozen=True)
 class Heatmap:
-    """The grid as it is drawn.
+    """A grid as it is drawn.
 
     Attributes:
         meaning: What a cell shows.
-        step: After how many steps.
-        low: The least value, in words.
-        high: The greatest.
+        low: What the palest shade means, in words.
+        high: What the darkest means.
+        mean: Of all layers, in words.
         blocks: The headings of the columns.
-        rows: A heading and cells; None where there is no such layer.
+        rows: A heading and cells; None where there is no such layer, or none with an adapter.
     """
 
     meaning: str
-    step: int
     low: str
     high: str
+    mean: str
     blocks: list[str]
     rows: list[tuple[str, list[Cell | None]]]
 
 
-def heatmap(rows: Sequence[Mapping[str, str]]) -> Heatmap | None:
-    """The latest state of all layers.
+def heatmaps(rows: Sequence[InsightRow]) -> list[Heatmap]:
+    """How much of its rank each layer uses and how far the adapter moves it, at the last time that was looked.
 
     Args:
-        rows: Of ``insight.csv``: ``step``, ``layer`` and values.
-
-    Returns:
-        The grid, or None where the rows have nothing of the kind.
+        rows: Of ``insight.csv``.
     """
-    column = next((name for name in _VALUES if any(row.get(name) for row in rows)), None)
-    measured = [row for row in rows if column and row.get("layer") and _finite(row.get(column)) is not None]
-    if column is None or not measured:
+    drawn = [
+        _heatmap(rows, "Share of the rank in use", _rank_used, lambda value: f"{value:.0%}".replace("%", " %"), 1.0),
+        _heatmap(rows, "How far the weight is moved, ‖ΔW‖ / ‖W‖", lambda row: row.relative_norm, "{:.2g}".format),
+    ]
+    return [each for each in drawn if each is not None]
+
+
+def _rank_used(row: InsightRow) -> float | None:
+    return None if row.effective_rank is None else row.effective_rank / (row.rank or row.r)
+
+
+def _heatmap(
+    rows: Sequence[InsightRow],
+    meaning: str,
+    value: Callable[[InsightRow], float | None],
+    shown: Callable[[float], str],
+    top: float | None = None,
+) -> Heatmap | None:
+    measured = [(row, found) for row in latest(rows) if (found := value(row)) is not None]
+    if not measured:
         return None
-    step = max(int(float(row.get("step") or 0)) for row in measured)
-    values = {row["layer"]: float(row[column]) for row in measured if int(float(row.get("step") or 0)) == step}
-    places = {name: _place(name) for name in values}
-    kinds = list(dict.fromkeys(kind for kind, _ in places.values()))
-    blocks = sorted({block for _, block in places.values()}, key=lambda block: (block == _OUTSIDE, block))
-    # Shares stand on their whole scale; ranks on that of this run.
-    share = _VALUES[column].startswith("share")
-    low, high = (0.0, 1.0) if share else (0.0, max(values.values()))
-    by_place = {place: name for name, place in places.items()}
+    places = places_of([row.layer for row, _ in measured])
+    kinds = list(dict.fromkeys(place.kind for place in places.values()))
+    blocks = sorted({place.block for place in places.values()}, key=lambda block: (block is None, block or 0))
+    values: dict[tuple[str, int | None], list[float]] = defaultdict(list)
+    for row, found in measured:
+        values[places[row.layer]].append(found)
+    high = top or max(found for _, found in measured) or 1.0
 
-    def shown(value: float) -> str:
-        return f"{value:.0%}".replace("%", " %") if share else f"{value:.1f}"
-
-    def cell(kind: str, block: int) -> Cell | None:
-        name = by_place.get((kind, block))
-        if name is None:
+    def cell(kind: str, block: int | None) -> Cell | None:
+        if (kind, block) not in values:
             return None
-        value = values[name]
-        return Cell(f"{name}: {shown(value)}", max(0.0, min(1.0, (value - low) / ((high - low) or 1))))
+        found = fmean(values[kind, block])
+        where = kind if block is None else f"{kind} in block {block}"
+        return Cell(f"{where}: {shown(found)}", max(0.0, min(1.0, found / high)))
 
     return Heatmap(
-        meaning=_VALUES[column],
-        step=step,
-        low=shown(low),
+        meaning=meaning,
+        low="0",
         high=shown(high),
-        blocks=["" if block == _OUTSIDE else str(block) for block in blocks],
-        rows=[(_short(kind, kinds), [cell(kind, block) for block in blocks]) for kind in kinds],
+        mean=shown(fmean(found for _, found in measured)),
+        blocks=["–" if block is None else str(block) for block in blocks],
+        rows=[(kind, [cell(kind, block) for block in blocks]) for kind in kinds],
     )
-
-
-def _place(name: str) -> tuple[str, int]:
-    """The row and the column of a layer.
-
-    >>> _place("model.layers.3.self_attn.q_proj"), _place("score")
-    (('model.layers.*.self_attn.q_proj', 3), ('score', -1))
-    """
-    found = _BLOCK.search(name)
-    if found is None:
-        return name, _OUTSIDE
-    return f"{name[: found.start(1)]}*{name[found.end(1) :]}", int(found[1])
-
-
-def _short(kind: str, kinds: Sequence[str]) -> str:
-    """The end of a name that no other has."""
-    parts = kind.split(".")
-    for length in range(1, len(parts) + 1):
-        end = ".".join(parts[-length:])
-        if sum(each == end or each.endswith(f".{end}") for each in kinds) == 1:
-            return end
-    return kind
-
-
-def _finite(text: str | None) -> float | None:
-    try:
-        value = float(text or "nan")
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None

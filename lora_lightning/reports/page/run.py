@@ -13,10 +13,11 @@ from lora_lightning.reports.curves import Points
 from lora_lightning.reports.page import render
 from lora_lightning.reports.page.chart import Chart, Line, chart
 from lora_lightning.reports.page.figures import facts, measured
-from lora_lightning.reports.page.folder import ADVICE, METRICS, Run, read_run
-from lora_lightning.reports.page.heatmap import heatmap
+from lora_lightning.reports.page.files import listed
+from lora_lightning.reports.page.folder import ADVICE, INSIGHT, METRICS, Run, read_run
+from lora_lightning.reports.page.heatmap import heatmaps
 from lora_lightning.reports.page.settings import what_matters
-from lora_lightning.reports.page.words import bytes_of, day
+from lora_lightning.reports.page.words import day
 
 _TITLES = {
     "tokens_per_second": "Tokens a second",
@@ -24,6 +25,7 @@ _TITLES = {
     "grad_norm": "Gradient norm",
 }
 _LARGE = {"train_loss", "val_loss"}
+_ELSEWHERE = "insight/"  # the grids of the layers show these
 # What people look for in the folder, and what it is.
 _FILES = {
     "adapter": "the adapter at the end",
@@ -31,7 +33,7 @@ _FILES = {
     "result.json": "figures",
     METRICS: "curves",
     "samples.md": "all that was written",
-    "insight.csv": "layers over the steps",
+    INSIGHT: "layers over the steps",
     ADVICE: "advice",
     "config.yaml": "every setting",
     "train.log": "what was printed",
@@ -81,12 +83,13 @@ def run_page(folder: str | os.PathLike[str]) -> Path:
         between=run.samples[1:-1],
         advice=_advice(run),
         adapted=_adapted(run),
-        heatmap=heatmap(run.insight),
+        heatmaps=heatmaps(run.insight),
+        insight_step=max((row.step for row in run.insight), default=0),
         insight_picture=_insight_picture(run),
         settings=what_matters(run.config, overrides),
         command=run.about.get("command") or _command(overrides, run),
         environment=run.about.get("environment") or {},
-        files=_files(run.folder),
+        files=listed(run.folder, _FILES),
     )
 
 
@@ -126,7 +129,7 @@ def _charts(run: Run) -> list[Chart]:
     """Everything else that was measured over the steps, each by itself."""
     drawn = []
     for column, points in run.curves.items():
-        if column in _LARGE or len(points) < 2:
+        if column in _LARGE or column.startswith(_ELSEWHERE) or len(points) < 2:
             continue
         validated = column.startswith("val_")
         line = Line(column, "validated" if validated else "plain", _with_start(run, column, points), dots=validated)
@@ -201,7 +204,7 @@ def _adapted(run: Run) -> dict[str, Any] | None:
 
 def _insight_picture(run: Run) -> str | None:
     png = run.folder / "insight.png"
-    return render.picture(png) if png.is_file() and heatmap(run.insight) is None else None
+    return render.picture(png) if png.is_file() and not heatmaps(run.insight) else None
 
 
 def _command(overrides: list[str], run: Run) -> str | None:
@@ -209,14 +212,3 @@ def _command(overrides: list[str], run: Run) -> str | None:
     import shlex
 
     return shlex.join(["python", "scripts/train.py", *overrides]) if run.result else None
-
-
-def _files(folder: Path) -> list[dict[str, str]]:
-    found = []
-    for name, meaning in _FILES.items():
-        path = folder / name
-        if path.exists():
-            files = [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else [path]
-            size = sum(each.stat().st_size for each in files)
-            found.append({"name": name + "/" * path.is_dir(), "meaning": meaning, "size": bytes_of(size)})
-    return found

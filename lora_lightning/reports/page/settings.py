@@ -29,6 +29,7 @@ _QUIET = {
         "enable_progress_bar",
     },
 }
+_ONE = {"devices", "num_nodes", "accumulate_grad_batches"}  # of which one is nothing out of the ordinary
 _PLAIN: tuple[Any, ...] = (None, False, "", "auto", [], {}, 0.0)  # values that say: nothing out of the ordinary
 
 
@@ -71,6 +72,7 @@ def what_matters(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> li
             [Setting("class", str(kind).rpartition(".")[2])] if kind and node not in ("trainer", "scheduler") else []
         )
         rest = [key for key, value in content.items() if key not in hidden and value not in _PLAIN]
+        rest = [key for key in rest if not (key in _ONE and content[key] == 1)]
         return [*named, *rows(node, [*first, *rest])]
 
     training = group("optimizer")

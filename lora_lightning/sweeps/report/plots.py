@@ -45,6 +45,12 @@ def draw_all(sweep: Sweep) -> list[str]:
     return made
 
 
+def drawn(sweep: Sweep) -> list[str]:
+    """The pictures of this sweep that lie in its folder, as seen from there."""
+    paths = (sweep.folder / FOLDER / f"{name}.png" for name, _ in _pictures(sweep))
+    return [sweep.inside(path) for path in paths if path.is_file()]
+
+
 def _pictures(sweep: Sweep) -> Iterator[tuple[str, Callable[[], Figure | None]]]:
     if sweep.best is not None:
         for key in sweep.setting_keys:

@@ -63,10 +63,9 @@ def as_markdown(sweep: Sweep, pictures: Sequence[str] = ()) -> str:
     """
     parts = [f"# Sweep {sweep.name}"]
     if sweep.command:
-        program = [] if sweep.command[0].startswith("python") else ["python"]
-        parts.append(f"```sh\n{shlex.join([*program, *sweep.command])}\n```")
+        parts.append(f"```sh\n{command_line(sweep)}\n```")
     parts.append(summary(sweep))
-    for section in _sections(sweep):
+    for section in sections(sweep):
         parts += [f"## {section.title}", *filter(None, [section.note]), _markdown_table(section)]
     if pictures:
         parts.append("## Pictures")
@@ -82,7 +81,7 @@ def as_table(sweep: Sweep, most: int = 20) -> RenderableType:
         most: At most so many rows a table; how many more there are is said.
     """
     parts: list[RenderableType] = []
-    for section in _sections(sweep):
+    for section in sections(sweep):
         table = Table(title=section.title, title_justify="left", box=None, header_style="bold", pad_edge=False)
         shown_there = [place for place, heading in enumerate(section.headings) if heading != "adapter"]  # too wide
         for place in shown_there:
@@ -118,6 +117,12 @@ def summary(sweep: Sweep) -> str:
     return text
 
 
+def command_line(sweep: Sweep) -> str:
+    """What was typed."""
+    program = [] if sweep.command[0].startswith("python") else ["python"]
+    return shlex.join([*program, *sweep.command])
+
+
 def final_adapter(row: Row) -> Path | None:
     """The adapter that a job has ended with, also where the sweep's folder was moved; None where there is none."""
     path = Path(row.result.get("adapter_path") or "adapter")
@@ -126,7 +131,9 @@ def final_adapter(row: Row) -> Path | None:
     return next((place for place in places if (place / "adapter_config.json").is_file()), None)
 
 
-class _Section(NamedTuple):
+class Section(NamedTuple):
+    """A table with its title; every cell a text."""
+
     title: str
     headings: list[str]
     lines: list[list[str]]
@@ -138,10 +145,11 @@ class _Section(NamedTuple):
         return [all(map(_FIGURE.fullmatch, column)) for column in zip(*self.lines, strict=True)]
 
 
-def _sections(sweep: Sweep) -> list[_Section]:
-    sections = [_jobs(sweep)] if sweep.ranked else []
+def sections(sweep: Sweep) -> list[Section]:
+    """All tables of a report: the finished jobs, settings over seeds, and the others by what became of them."""
+    tables = [_jobs(sweep)] if sweep.ranked else []
     if sweep.ranked and sweep.seed_keys and sweep.metric is not None:
-        sections.append(_over_seeds(sweep))
+        tables.append(_over_seeds(sweep))
     kinds: dict[str, tuple[str, Callable[[Row], bool]]] = {
         "Stopped by the sweep": ("at the metric that they had then", lambda row: row.state == "stopped"),
         "Failed": ("", lambda row: row.state == "failed"),
@@ -150,11 +158,11 @@ def _sections(sweep: Sweep) -> list[_Section]:
     }
     for title, (note, belongs) in kinds.items():
         if rows := [row for row in sweep.rows if belongs(row)]:
-            sections.append(_others(sweep, title, note, rows))
-    return sections
+            tables.append(_others(sweep, title, note, rows))
+    return tables
 
 
-def _jobs(sweep: Sweep) -> _Section:
+def _jobs(sweep: Sweep) -> Section:
     """The finished jobs, the best first; what no job has anything to say of is left out."""
     columns: list[tuple[str, Callable[[Row], str | None]]] = [
         ("", lambda row: "best" if row is sweep.best else None),
@@ -173,10 +181,10 @@ def _jobs(sweep: Sweep) -> _Section:
     shared = [str(row.number) for row in sweep.of_state("finished") if row.result.get("shared_with")]
     note = f"Seconds and memory are those of a process that trained several at once: {', '.join(shared)}."
     cells = [[cell or "" for cell in line] for line in lines]
-    return _Section("Jobs", [heading for heading, _ in kept], cells, note if shared else "")
+    return Section("Jobs", [heading for heading, _ in kept], cells, note if shared else "")
 
 
-def _over_seeds(sweep: Sweep) -> _Section:
+def _over_seeds(sweep: Sweep) -> Section:
     """Every setting over its seeds."""
     headings = ["", *(sweep.short[key] for key in sweep.setting_keys), str(sweep.metric), "n", "jobs"]
 
@@ -188,7 +196,7 @@ def _over_seeds(sweep: Sweep) -> _Section:
         return [best, *values, mean, str(each.values), ", ".join(map(str, each.numbers))]
 
     settings = over_seeds(sweep)
-    return _Section(
+    return Section(
         f"Settings over {' and '.join(sweep.short[key] for key in sweep.seed_keys)}",
         headings,
         [line(rank, each) for rank, each in enumerate(settings)],
@@ -196,7 +204,7 @@ def _over_seeds(sweep: Sweep) -> _Section:
     )
 
 
-def _others(sweep: Sweep, title: str, note: str, rows: list[Row]) -> _Section:
+def _others(sweep: Sweep, title: str, note: str, rows: list[Row]) -> Section:
     stopped = title == "Stopped by the sweep" and sweep.metric is not None
     headings = ["job", "settings", *([str(sweep.metric)] if stopped else []), "why"]
 
@@ -204,10 +212,10 @@ def _others(sweep: Sweep, title: str, note: str, rows: list[Row]) -> _Section:
         why = f"as job {row.same_as}" if row.same_as is not None else row.reason or row.state
         return [str(row.number), sweep.label(row), *([_metric(sweep, row)] if stopped else []), why]
 
-    return _Section(title, headings, [line(row) for row in rows], note.capitalize() + "." * bool(note))
+    return Section(title, headings, [line(row) for row in rows], note.capitalize() + "." * bool(note))
 
 
-def _markdown_table(section: _Section) -> str:
+def _markdown_table(section: Section) -> str:
     def row(cells: Iterable[str]) -> str:
         return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
 
