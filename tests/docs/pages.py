@@ -7,6 +7,7 @@ Comments of HTML, which nobody who reads the page sees, say what a block needs:
     -->
     <!-- not run: wants two GPUs --> the next block cannot run here, and why
     <!-- run -->                     the next block's commands are run, not only read
+    <!-- prints -->                  the next block prints what the one after it shows
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import lora_lightning
 
 ROOT = Path(lora_lightning.__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-NOTE = re.compile(r"<!-- (?P<kind>with|not run|run)\b:?\s*(?P<text>.*?)\s*-->", re.DOTALL)
+NOTE = re.compile(r"<!-- (?P<kind>with|not run|run|prints)\b:?\s*(?P<text>.*?)\s*-->", re.DOTALL)
 # Models of the Hub that pages name, and what stands for them here, where there is no Hub.
 STAND_INS = {"HuggingFaceTB/SmolLM2-135M-Instruct": "demo:tiny-llama"}
 
@@ -38,6 +39,7 @@ class Block(NamedTuple):
         text: What it says.
         reason: Why it is not run; empty where it is.
         really: Whether its commands are run.
+        prints: Whether the block after it shows what it prints.
     """
 
     page: str
@@ -46,6 +48,7 @@ class Block(NamedTuple):
     text: str
     reason: str = ""
     really: bool = False
+    prints: bool = False
 
 
 def blocks_of(path: Path) -> list[Block]:
@@ -54,7 +57,7 @@ def blocks_of(path: Path) -> list[Block]:
 
 
 def _blocks(page: str, text: str) -> Iterator[Block]:
-    reason, really = "", False
+    reason, really, prints = "", False, False
     for token in MarkdownIt("commonmark").parse(text):
         line = (token.map or [0])[0] + 2  # that of the text, below the fence or the comment's first line
         if token.type == "html_block":
@@ -63,10 +66,11 @@ def _blocks(page: str, text: str) -> Iterator[Block]:
                     yield Block(page, line, "python", note["text"])
                 reason = note["text"] if note["kind"] == "not run" else reason
                 really = really or note["kind"] == "run"
+                prints = prints or note["kind"] == "prints"
         elif token.type == "fence":
             language = (token.info.split() or [""])[0]
-            yield Block(page, line, language, token.content, reason, really)
-            reason, really = "", False
+            yield Block(page, line, language, token.content, reason, really, prints)
+            reason, really, prints = "", False, False
 
 
 def commands_of(block: Block) -> list[list[str]]:

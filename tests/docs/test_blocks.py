@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib
+import io
 import re
 import sys
 from pathlib import Path
@@ -29,6 +31,7 @@ class Understood(Exception):
 def elsewhere(tmp_path, monkeypatch, demo_cache):
     """An empty folder to stand in, where nothing is trained by chance on what lies around."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")  # what tables are drawn for
     for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # training sets these; taken back after the test
         monkeypatch.setenv(name, "0")
     return tmp_path
@@ -70,21 +73,28 @@ def test_every_block_says_what_it_is_and_why_it_is_not_run(path):
 
 @named(pages_with("python"))
 def test_python_runs(path, elsewhere, monkeypatch):
-    """In one namespace a page, as a reader would type it."""
-    space = {"__name__": f"page_{path.stem}"}
+    """In one namespace a page, as a reader would type it; what it is said to print it prints."""
+    space, printed = {"__name__": f"page_{path.stem}"}, None
     for block in blocks_of(path):
         if block.really:
             for words in commands_of(block):
                 run(words, monkeypatch)
-        if block.language != "python":
-            continue
-        if block.reason:
-            compile(block.text, path.name, "exec")
-            continue
-        text = block.text
-        for name, stand_in in STAND_INS.items():
+        if printed is not None:
+            assert block.text.split() == printed.split(), f"{block.page}:{block.line}"
+            printed = None
+        if block.language == "python":
+            code = compile("\n" * (block.line - 1) + with_stand_ins(block.text), path.name, "exec", dont_inherit=True)
+            if not block.reason:
+                with contextlib.redirect_stdout(io.StringIO()) as out:
+                    exec(code, space)
+                printed = out.getvalue() if block.prints else None
+
+
+def with_stand_ins(text: str) -> str:
+    for name, stand_in in STAND_INS.items():
+        if name in text:
             text = text.replace(name, hub_stand_in(stand_in))
-        exec(compile("\n" * (block.line - 1) + text, path.name, "exec", dont_inherit=True), space)
+    return text
 
 
 def hub_stand_in(name: str) -> str:
