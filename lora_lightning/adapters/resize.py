@@ -26,7 +26,7 @@ from lora_lightning.adapters.hub import adapter_folder, copy_tokenizer
 from lora_lightning.adapters.pairs import Pair, of_config, pairs_of
 from lora_lightning.adapters.spectrum import update_svd, used_rank
 from lora_lightning.adapters.tensor_file import read_tensors
-from lora_lightning.adapters.written import new_folder
+from lora_lightning.adapters.written import new_folder, refuse_existing
 from lora_lightning.config_checks import check_rank
 from lora_lightning.errors import LoraConfigError
 
@@ -119,6 +119,7 @@ def resize_adapter(
         AdapterError: The source is no adapter, or damaged; or ``folder`` is there already.
     """
     _check(r, energy)
+    refuse_existing(folder)
     place = adapter_folder(source)
     config, weights = read_peft_config(place), read_weights(place)
     check_finite(weights)
@@ -128,7 +129,7 @@ def resize_adapter(
     if r is not None and r > trained:
         raise LoraConfigError(
             f"{source} was trained at r={trained}, and its update has no more directions than that to keep: choose r "
-            f"below {trained}, or train anew with lora.r={r} (got r={r})"
+            f"of at most {trained}, or train anew with lora.r={r} (got r={r})"
         )
     spectra = {pair.a_key: update_svd(*pair.factors(weights), pair.scaling) for pair in pairs}
     ranks = {pair.a_key: _rank(spectra[pair.a_key][1], pair, r or trained, energy) for pair in pairs}

@@ -79,8 +79,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         AdapterError: If something is there already, or it cannot be written.
     """
     path = Path(path)
-    if os.path.lexists(path):
-        raise AdapterError(f"{path} is there already, and nothing is written over: name another folder")
+    refuse_existing(path)
     aside = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -91,6 +90,16 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise unwritten(path, error) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def refuse_existing(path: str | os.PathLike[str]) -> None:
+    """Raise where something is that is about to be written, before work is done for it.
+
+    Raises:
+        AdapterError: If it is.
+    """
+    if os.path.lexists(path):
+        raise AdapterError(f"{path} is there already, and nothing is written over: name another folder")
 
 
 def distributed() -> bool:

@@ -294,7 +294,7 @@ def test_all_of_the_rank_loses_nothing(shake, tmp_path):
 
 def test_mistakes_are_told_and_nothing_is_written(shake, tmp_path):
     trained("linear", shake, tmp_path / "wide")
-    with pytest.raises(LoraConfigError, match=r"was trained at r=8, .*choose r below 8.*\(got r=9\)"):
+    with pytest.raises(LoraConfigError, match=r"was trained at r=8, .*choose r of at most 8.*\(got r=9\)"):
         resize_adapter(tmp_path / "wide", tmp_path / "small", r=9)
     with pytest.raises(LoraConfigError, match=r"name the new rank, r=8, or the share.*energy=0\.99"):
         resize_adapter(tmp_path / "wide", tmp_path / "small")

@@ -1,0 +1,64 @@
+"""Adapters measured on the validation rows of the run that trained them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import cast
+
+from lightning.pytorch import Trainer
+from omegaconf import DictConfig, OmegaConf
+
+from lora_lightning.adapters import load_adapter
+from lora_lightning.cli.build import Parts, make_parts, make_trainer, prepare
+from lora_lightning.errors import LoraConfigError
+from lora_lightning.injection import unload_lora
+
+Metrics = dict[str, dict[str, float]]
+# One process of this machine measures what any number of them may have trained.
+_HERE = {"devices": 1, "num_nodes": 1, "strategy": "auto", "profiler": None}
+
+
+def run_metrics(run: Path, adapters: Mapping[str, str | Path | None], base: str | None = None) -> Metrics:
+    """What the run's own validation says of each adapter, over one model in memory.
+
+    Args:
+        run: The folder of a run, whose ``config.yaml`` says model, data and batches.
+        adapters: An adapter folder, or None for the base alone, by what to call it.
+        base: Another base model than the run's: name or folder.
+
+    Returns:
+        Metrics by name, for each of ``adapters``.
+
+    Raises:
+        LoraConfigError: The run has no ``config.yaml``, or its model or data cannot be had any more.
+        AdapterError: An adapter does not fit.
+    """
+    cfg = config_of(run)
+    if base is not None:
+        cfg.model.name, cfg.model.revision = base, None
+    with tempfile.TemporaryDirectory() as nowhere:
+        cfg.trainer.update(_HERE | {"default_root_dir": nowhere})
+        prepare(cfg)
+        parts, trainer = make_parts(cfg), make_trainer(cfg, [], [])
+        return {name: _measured(trainer, parts, adapter) for name, adapter in adapters.items()}
+
+
+def config_of(run: Path) -> DictConfig:
+    """The resolved configuration that a run has left."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise LoraConfigError(f"{run} is not the folder of a run: there is no config.yaml, which says what data it had")
+    return cast("DictConfig", OmegaConf.load(path))
+
+
+def _measured(trainer: Trainer, parts: Parts, adapter: str | Path | None) -> dict[str, float]:
+    if adapter is not None:
+        load_adapter(parts.task, adapter)
+    try:
+        metrics = trainer.validate(parts.task, datamodule=parts.data, verbose=False)[0]
+    finally:
+        if adapter is not None:
+            unload_lora(parts.task)
+    return {name: float(value) for name, value in metrics.items()}

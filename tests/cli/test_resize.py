@@ -1,0 +1,86 @@
+"""`lora-lightning resize`: the best adapter of a lower rank, what it kept and what it costs."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from lora_lightning.cli.resize import main
+from lora_lightning.cli.run_metrics import run_metrics
+from lora_lightning.errors import LoraConfigError
+
+
+@pytest.fixture(autouse=True)
+def _seeds(monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # measuring sets these; given here, they are taken back
+    monkeypatch.setenv("PL_SEED_WORKERS", "0")
+    monkeypatch.setenv("COLUMNS", "160")
+
+
+def row(name: str, screen: str) -> list[float]:
+    """The numbers of a table's row."""
+    line = next(line for line in screen.splitlines() if re.match(rf"\W*{name}\b", line))
+    return [float(each) for each in re.findall(r"[-+]?\d+(?:\.\d+)?", line)]
+
+
+def refused(capsys, *arguments) -> str:
+    with pytest.raises(SystemExit) as left:
+        main([str(each) for each in arguments])
+    assert left.value.code != 0
+    return capsys.readouterr().err
+
+
+def test_a_run_is_resized_and_the_loss_told(smoke, tmp_path, capsys):
+    run, _ = smoke
+    main([str(run), str(tmp_path / "small"), "r=8"])
+    screen = capsys.readouterr().out
+    trained = json.loads((run / "result.json").read_text())
+    base, before, after, change = row("val_loss", screen)
+    assert base == pytest.approx(trained["val_loss_before"], abs=1e-3)
+    assert before == pytest.approx(trained["val_loss"], abs=1e-3)
+    assert change == pytest.approx(after - before, abs=2e-4)
+    assert change > 0
+    number, was, now, kept, least = row("q_proj", screen)
+    assert (number, was, now) == (2, 64, 8)
+    assert 50 < least <= kept < 100
+    config = json.loads((tmp_path / "small/adapter_config.json").read_text())
+    assert config["r"] == 8
+    assert config["lora_alpha"] / 8**0.5 == pytest.approx(128 / 64**0.5)
+    assert (tmp_path / "small/chat_template.jinja").is_file()
+    assert screen.splitlines()[-1] == str(tmp_path / "small")
+    again = run_metrics(run, {"small": tmp_path / "small"})
+    assert again["small"]["val_loss"] == pytest.approx(after, abs=1e-4)
+
+
+def test_of_each_layer_and_without_a_loss(smoke, tmp_path, capsys):
+    run, _ = smoke
+    main([str(run / "adapter"), str(tmp_path / "small"), "--energy", "0.9", "--layers", "--no-loss"])
+    screen = capsys.readouterr().out
+    assert "q_proj" in screen
+    assert "layers.1" in screen
+    assert "val_loss" not in screen
+    assert "The loss was not measured" in screen
+    assert json.loads((tmp_path / "small/adapter_config.json").read_text())["rank_pattern"]
+
+
+def test_mistakes_are_told(smoke, tmp_path, capsys):
+    run, _ = smoke
+    assert "was trained at r=64" in refused(capsys, run, tmp_path / "x", "r=65")
+    assert "the rank is a whole number, got 'eight'" in refused(capsys, run, tmp_path / "x", "r=eight")
+    assert "name the new rank" in refused(capsys, run, tmp_path / "x")
+    assert "there are some; name one of them" in refused(capsys, run.parent, tmp_path / "x", "r=8")
+    assert "is there already" in refused(capsys, run, tmp_path, "r=8")
+    assert "on this machine" in refused(capsys, "owner/name", "r=8")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(LoraConfigError, match=r"no config\.yaml"):
+        run_metrics(tmp_path, {})
+
+
+def test_help_comes_without_torch():
+    code = "import sys; from lora_lightning.cli import resize\ntry: resize.main(['--help'])\nexcept SystemExit: pass\n"
+    code += "assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
