@@ -104,7 +104,7 @@ def token_losses(model: nn.Module, batch: Mapping[str, Any], *, label_smoothing:
             f"{type(root).__name__} is an encoder-decoder, whose labels are not those of its input's next tokens: take "
             "its own loss, model(**batch).loss"
         )
-    accepted = _accepted(model, root)
+    accepted = accepted_by(model, root)
     inputs: dict[str, Any] = {key: value for key, value in batch.items() if key in accepted and key != "labels"}
     if not inputs:
         raise LoraConfigError(
@@ -139,7 +139,7 @@ def classification_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> LossSu
         model: A sequence classifier of transformers.
         batch: What its forward takes, and ``labels`` (B,).
     """
-    accepted = _accepted(model, model)
+    accepted = accepted_by(model, model)
     inputs = {key: value for key, value in batch.items() if key in accepted and key != "labels"}
     logits = model(**inputs).logits
     total = functional.cross_entropy(logits.float(), batch["labels"], reduction="sum")
@@ -155,7 +155,7 @@ def _leave_out(inputs: dict[str, Any], targets_BT: Tensor) -> Tensor:
     return targets_BT[:, kept]
 
 
-def _accepted(model: nn.Module, root: nn.Module) -> set[str]:
+def accepted_by(model: nn.Module, root: nn.Module) -> set[str]:
     """The names that a model's forward takes: its own, those of its typed ``**kwargs``, or the inner model's."""
     module = unwrap(model)
     names: set[str] = set()
@@ -164,7 +164,7 @@ def _accepted(model: nn.Module, root: nn.Module) -> set[str]:
             names |= {parameter.name} if parameter.kind is not parameter.VAR_POSITIONAL else set()
         elif typing.get_origin(parameter.annotation) in (Unpack, getattr(typing, "Unpack", Unpack)):
             names |= set(typing.get_args(parameter.annotation)[0].__annotations__)
-    return names if names or module is root else _accepted(root, root)
+    return names if names or module is root else accepted_by(root, root)
 
 
 def _auxiliary_weight(root: nn.Module) -> float:

@@ -32,7 +32,7 @@ from lora_lightning.tasks.model_config import ModelConfig
 from lora_lightning.tasks.quantisation import quantised
 
 ModelKind = Literal["causal_lm", "sequence_classification"]
-_AUTO_CLASSES = {"causal_lm": AutoModelForCausalLM, "sequence_classification": AutoModelForSequenceClassification}
+AUTO_CLASSES = {"causal_lm": AutoModelForCausalLM, "sequence_classification": AutoModelForSequenceClassification}
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -42,7 +42,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         LoraConfigError: The model, its tokenizer or the file of the chat template cannot be had.
     """
     with explained(config):
-        tokenizer = AutoTokenizer.from_pretrained(**_source(config))
+        tokenizer = AutoTokenizer.from_pretrained(**source_of(config))
     if config.chat_template is not None:
         tokenizer.chat_template = _template_text(config.chat_template)
     if tokenizer.pad_token is None:
@@ -67,7 +67,7 @@ def load_model(config: ModelConfig, kind: ModelKind, **settings: Any) -> PreTrai
     Raises:
         LoraConfigError: The model cannot be had, or does not know a switch that was set.
     """
-    source = _source(config)
+    source = source_of(config)
     with explained(config):
         own_config = AutoConfig.from_pretrained(**source, **settings)
         choices: dict[str, Any] = {"dtype": _dtype(config, own_config)}
@@ -77,7 +77,7 @@ def load_model(config: ModelConfig, kind: ModelKind, **settings: Any) -> PreTrai
             model = _without_memory(kind, own_config, choices, source)
         else:
             choices |= quantised(config, own_config, choices["dtype"])
-            model = _AUTO_CLASSES[kind].from_pretrained(**source, config=own_config, **choices)
+            model = AUTO_CLASSES[kind].from_pretrained(**source, config=own_config, **choices)
         if config.gradient_checkpointing:
             # Re-entrant checkpointing gives adapters behind frozen embeddings no gradient.
             new_name, old_name = "activation_checkpointing_enable", "gradient_checkpointing_enable"
@@ -99,7 +99,7 @@ def fill_model(model: PreTrainedModel, config: ModelConfig, seed: int | None = N
         AdapterError: The files do not fit the model.
         LoraConfigError: They cannot be had.
     """
-    source = _source(config)
+    source = source_of(config)
     place = source["pretrained_model_name_or_path"]
     with explained(config):
         if not Path(place).is_dir():
@@ -116,7 +116,7 @@ def _without_memory(
             "in_parts: true reads plain weights only, and this model's are quantised: set it to false"
         )
     with meta_parameters():
-        model = _AUTO_CLASSES[kind].from_config(own_config, trust_remote_code=source["trust_remote_code"], **choices)
+        model = AUTO_CLASSES[kind].from_config(own_config, trust_remote_code=source["trust_remote_code"], **choices)
     if model.can_generate():
         with contextlib.suppress(OSError):  # a model need not have one
             place = source["pretrained_model_name_or_path"]
@@ -124,7 +124,7 @@ def _without_memory(
     return model
 
 
-def _source(config: ModelConfig) -> dict[str, Any]:
+def source_of(config: ModelConfig) -> dict[str, Any]:
     """The keyword arguments that tell transformers where a model lies."""
     if is_demo(config.name):
         place = str(prepare_demo(config.name))
