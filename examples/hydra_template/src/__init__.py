@@ -1,0 +1,1 @@
+"""A small project in the layout of lightning-hydra-template."""
