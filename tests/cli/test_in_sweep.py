@@ -58,7 +58,8 @@ def test_a_job_leaves_figures_and_no_reports_and_trains_the_same(call, sweep, tm
         patch.delenv(SWEEP)
         alone = call(main, *FAST, f"hydra.run.dir={tmp_path}/alone")
     assert (job.status, alone.status) == (0, 0), job.stderr + alone.stderr
-    assert _files(tmp_path / "alone") - _files(sweep / "1") == {"samples.md", "loss.png"}
+    reports = {"samples.md", "loss.png", "insight.csv", "insight.png"}
+    assert reports <= _files(tmp_path / "alone") - _files(sweep / "1")
     assert _files(sweep / "1") - _files(tmp_path / "alone") == {"progress.json"}
     of_job, of_run = (json.loads((each / "result.json").read_text()) for each in (sweep / "1", tmp_path / "alone"))
     for key in ("status", "ended_by", "steps", "val_loss", "val_loss_before", "trainable_parameters"):
