@@ -13,6 +13,7 @@ from lora_lightning.config import LoraConfig
 from lora_lightning.sweeps.packed import memory
 from lora_lightning.sweeps.packed.packable import precision_of
 from lora_lightning.sweeps.packed.shell import shell_of
+from lora_lightning.tasks.free_memory import free_memory
 
 
 def places_for(configs: Sequence[DictConfig], network: nn.Module, data: LightningDataModule, shared_by: int = 1) -> int:
@@ -33,7 +34,7 @@ def places_for(configs: Sequence[DictConfig], network: nn.Module, data: Lightnin
         moments=max(memory.moments_of(None if each.optimizer is None else _plain(each.optimizer)) for each in configs),
         precision=precision_of(_plain(config.trainer)),
     )
-    free = memory.free_memory(next(network.parameters()).device) // shared_by
+    free = free_memory(next(network.parameters()).device) // shared_by
     places = memory.places(needs, free)
     print(memory.told(needs, places, free), flush=True)
     return places

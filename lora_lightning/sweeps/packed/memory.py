@@ -8,11 +8,9 @@ computed, since it grows up to a limit and not beyond.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +21,7 @@ from lora_lightning.injection.names import find_root
 from lora_lightning.injection.targets import Target, output_embeddings, resolve
 from lora_lightning.layers import kind_of
 from lora_lightning.layers.base import adapter_dtype
-from lora_lightning.layers.chunks import MOST_BYTES, free_bytes
+from lora_lightning.layers.chunks import MOST_BYTES
 from lora_lightning.sweeps.packed.counting import step_bytes
 from lora_lightning.tasks.loss import IGNORED
 
@@ -177,29 +175,6 @@ def longest_row(data: Any, max_length: int | None = None) -> dict[str, Tensor]:
     else:
         tokens = labels = torch.ones(1, max_length or ASSUMED_TOKENS, dtype=torch.long)
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
-
-
-def free_memory(device: torch.device, cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that a process may still take: of the GPU; on a CPU what the machine, and its container, have left."""
-    if device.type == "cuda":
-        return free_bytes(device)
-    return min([psutil.virtual_memory().available, *_left_in_container(cgroup)])
-
-
-def _left_in_container(cgroup: Path) -> Iterator[int]:
-    """What is left below the limit of a control group, if there is one; files that were read are given up for it."""
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            most, now = (cgroup / limit).read_text().strip(), int((cgroup / used).read_text())
-            lines = (cgroup / limit).with_name("memory.stat").read_text().splitlines()
-        except (OSError, ValueError):
-            continue
-        files = next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
-        if most.isdigit():  # else "max"
-            yield max(0, int(most) - now + files)
 
 
 def _resolved(

@@ -20,7 +20,7 @@ from lora_lightning.injection import inject_lora
 from lora_lightning.strategies.allocator import keep_freed_memory
 from lora_lightning.sweeps.packed import memory
 from lora_lightning.sweeps.packed.counting import step_bytes
-from lora_lightning.sweeps.packed.memory import Needs, free_memory, longest_row, needs, places, told
+from lora_lightning.sweeps.packed.memory import Needs, longest_row, needs, places, told
 from lora_lightning.sweeps.packed.model import PackedModel
 from lora_lightning.sweeps.packed.shell import shell_of
 from lora_lightning.sweeps.packed.task import _HandedOut
@@ -187,16 +187,6 @@ def test_longest_row_is_the_datas_own():
     assert row["labels"].tolist() == [[-100, 1, 1, 1, 1]]
     assert longest_row(object(), 70)["labels"].shape == (1, 70)
     assert longest_row(object())["labels"].shape == (1, memory.ASSUMED_TOKENS)
-
-
-def test_a_containers_limit_counts(tmp_path):
-    whole = free_memory(torch.device("cpu"), tmp_path)
-    (tmp_path / "memory.max").write_text("1000000\n")
-    (tmp_path / "memory.current").write_text("700000\n")
-    (tmp_path / "memory.stat").write_text("anon 500000\ninactive_file 150000\n")
-    assert free_memory(torch.device("cpu"), tmp_path) == 450000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert free_memory(torch.device("cpu"), tmp_path) == pytest.approx(whole, rel=0.5)
 
 
 def test_a_job_whose_layers_are_not_there_takes_none_and_fails_by_itself_later():
