@@ -1,8 +1,8 @@
 """A LightningCLI project: module, data and the LoRA callback come from one YAML.
 
-cd examples/lightning_cli
-python main.py fit --config config.yaml
-python main.py fit --config config.yaml --trainer.callbacks.init_args.config.r=32
+- ``cd examples/lightning_cli``
+- ``python main.py fit --config config.yaml``
+- ``python main.py fit --config config.yaml --trainer.callbacks.init_args.config.r=32``
 """
 
 from lightning.pytorch.cli import LightningCLI

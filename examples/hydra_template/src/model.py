@@ -1,6 +1,7 @@
 """A LightningModule as the template has them: it knows nothing of LoRA."""
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 
 import lightning.pytorch as pl
 import torch
@@ -12,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 def dense(widths: Sequence[int]) -> nn.Sequential:
     """Linear layers of these widths, with ReLU between them."""
     layers: list[nn.Module] = []
-    for inner, outer in zip(widths, widths[1:], strict=False):
+    for inner, outer in pairwise(widths):
         layers += [nn.Linear(inner, outer), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 

@@ -1,9 +1,9 @@
 """Trains what the configuration says.
 
-cd examples/hydra_template
-python src/train.py
-python src/train.py lora=high_capacity lora.r=32
-python src/train.py -m lora.r=2,4,8
+- ``cd examples/hydra_template``
+- ``python src/train.py``
+- ``python src/train.py lora=high_capacity lora.r=32``
+- ``python src/train.py -m lora.r=2,4,8``
 """
 
 import sys
