@@ -61,6 +61,7 @@ class AboutRun(Callback):
                 {
                     "started": time.time(),
                     "command": command_line(sys.argv[0], self.overrides),
+                    "overrides": self.overrides,
                     "planned_steps": steps if 0 < steps < float("inf") else None,
                     "adapted": None if report is None else adapted(report),
                     "environment": environment(trainer, pl_module.device),

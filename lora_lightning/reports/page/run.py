@@ -63,7 +63,7 @@ def run_page(folder: str | os.PathLike[str]) -> Path:
         AdapterError: There is a ``report.html`` that is not ours.
     """
     run = read_run(Path(folder))
-    overrides = [str(each) for each in run.result.get("overrides") or ()]
+    overrides = [str(each) for each in run.result.get("overrides") or run.about.get("overrides") or ()]
     began, ended, samples = _samples(run.samples)
     return render.write(
         run.folder,
