@@ -1,0 +1,263 @@
+"""`lora-lightning generate`: what it writes is what transformers and PEFT write, and what cannot be is told."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from peft import PeftModel
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lora_lightning import LoraConfig, inject_lora, save_adapter
+from lora_lightning.cli import generate
+from lora_lightning.cli.talk import Conversation
+from lora_lightning.cli.voices import load_voices
+from lora_lightning.cli.which_adapter import which_adapter
+from lora_lightning.cli.written import Columns, Plain
+from lora_lightning.errors import LoraConfigError
+from lora_lightning.reports.texts import printable
+from lora_lightning.tasks import ModelConfig, load_model
+from lora_lightning.tasks.demo import prepare_demo
+from lora_lightning.tasks.stream import Sampling
+
+NAME = "demo:tiny-llama"
+ASKED, AGAIN = "What colour is the ball?", "And the train?"
+LENGTH = 12
+FEW = ("--max-new-tokens", LENGTH)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run's folder with an adapter that changes what is said, and another adapter."""
+    top = tmp_path_factory.mktemp("adapters")
+    for name, seed in (("run/adapter", 0), ("other", 1)):
+        model = load_model(ModelConfig(NAME), "causal_lm")
+        inject_lora(model, LoraConfig(r=8, init_lora_weights=False, task_type="CAUSAL_LM"), seed=seed)
+        save_adapter(model, top / name)
+    shutil.copytree(prepare_demo(NAME), top / "run" / "adapter", dirs_exist_ok=True, ignore=_all_but_tokenizer)
+    (top / "run" / "config.yaml").write_text(f"model:\n  name: {NAME}\ndata:\n  system_prompt: Be short.\n")
+    return top
+
+
+def _all_but_tokenizer(_, names):
+    return [name for name in names if not name.startswith(("tokenizer", "chat_template", "special"))]
+
+
+@pytest.fixture(scope="module")
+def reference(made):
+    """What other libraries write: reference(messages, adapter folder or None)."""
+    source = prepare_demo(NAME)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+
+    def write(messages, adapter=None, **settings):
+        model = AutoModelForCausalLM.from_pretrained(source).eval()
+        model = model if adapter is None else PeftModel.from_pretrained(model, made / adapter)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+        choices = {"max_new_tokens": LENGTH, "do_sample": False, "pad_token_id": tokenizer.pad_token_id} | settings
+        output = model.generate(input_ids=ids, **choices)
+        return printable(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def voices(made):
+    return load_voices([which_adapter(made / "run")])
+
+
+def run(capsys, *arguments):
+    capsys.readouterr()
+    try:
+        generate.main([str(argument) for argument in arguments])
+        status = 0
+    except SystemExit as left:
+        status = left.code
+    return status, *capsys.readouterr()
+
+
+def said(text):
+    return [{"role": "user", "content": text}]
+
+
+def blocks(stdout):
+    """[(question, {name: answer})] of a transcript."""
+    found = []
+    for part in stdout.split("> ")[1:]:
+        question, *answers = part.split("\n\n[")
+        found.append((question, {each.partition("]\n")[0]: each.partition("]\n")[2].strip() for each in answers}))
+    return found
+
+
+def test_each_prompt_is_answered_by_both(made, reference, capsys):
+    status, out, err = run(capsys, made / "run" / "adapter", "--system", "", *FEW, "--prompt", ASKED, "--prompt", AGAIN)
+    assert status == 0, err
+    expected = [
+        (text, {"base": reference(said(text)), "adapter": reference(said(text), "run/adapter")})
+        for text in (ASKED, AGAIN)
+    ]
+    assert blocks(out) == expected
+    assert expected[0][1]["base"] != expected[0][1]["adapter"]
+
+
+def test_lines_of_a_pipe_with_commands_and_the_runs_system_message(made, reference, capsys, monkeypatch):
+    lines = f"{ASKED}\n\n/adapter\n/tokens 5\n{AGAIN}\n/quit\nnot read\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    status, out, err = run(capsys, made / "run", *FEW)
+    assert status == 0, err
+    system = [{"role": "system", "content": "Be short."}]
+    first, second = blocks(out)
+    assert first[1] == {
+        "base": reference(system + said(ASKED)),
+        "adapter": reference(system + said(ASKED), "run/adapter"),
+    }
+    assert second == (AGAIN, {"adapter": reference(system + said(AGAIN), "run/adapter", max_new_tokens=5)})
+
+
+def test_several_adapters_are_compared(made, reference, capsys):
+    status, out, err = run(
+        capsys, made / "run", made / "other", made / "run" / "adapter", "--system", "", *FEW, "--prompt", ASKED
+    )
+    assert status == 0, err
+    ours = reference(said(ASKED), "run/adapter")
+    expected = {"base": reference(said(ASKED)), "run": ours, "other": reference(said(ASKED), "other"), "run-2": ours}
+    assert blocks(out) == [(ASKED, expected)]
+
+
+def test_a_conversation_has_a_history_a_side(voices, reference):
+    talk = Conversation(voices, Sampling(max_new_tokens=LENGTH), None)
+    talk.answer(ASKED, Plain())
+    talk.answer(AGAIN, Plain())
+    for name, adapter in (("base", None), ("adapter", "run/adapter")):
+        first = reference(said(ASKED), adapter)
+        history = [*said(ASKED), {"role": "assistant", "content": first}, *said(AGAIN)]
+        assert talk._said[name] == [*history, {"role": "assistant", "content": reference(history, adapter)}]
+    talk.obey("/reset")
+    assert talk._said == {"base": [], "adapter": []}
+
+
+def test_an_interrupt_ends_the_answers_and_what_there_is_stays(voices):
+    talk = Conversation(voices, Sampling(max_new_tokens=50), None)
+    pieces = []
+
+    class Interrupting(Plain):
+        def answers(self, names):
+            def heard(piece):
+                pieces.append(piece)
+                if len(pieces) == 3:
+                    raise KeyboardInterrupt
+
+            return _Given(lambda name: heard)
+
+    with pytest.raises(KeyboardInterrupt):
+        talk.answer(ASKED, Interrupting())
+    assert talk._said["base"] == [*said(ASKED), {"role": "assistant", "content": "".join(pieces).strip()}]
+    assert talk._said["adapter"] == []
+    assert all(layer.lora_enabled for layer in voices.model.modules() if hasattr(layer, "lora_enabled"))
+
+
+class _Given:
+    def __init__(self, tell):
+        self.tell = tell
+
+    def __enter__(self):
+        return self.tell
+
+    def __exit__(self, *_):
+        return False
+
+
+def test_what_is_drawn_begins_from_the_seed(voices, capsys):
+    def drawn(*commands):
+        talk = Conversation(voices, Sampling(max_new_tokens=LENGTH), None)
+        for command in ("/temperature 1.5", *commands):
+            talk.obey(command)
+        state = torch.get_rng_state()
+        talk.answer(ASKED, Plain())
+        assert torch.equal(torch.get_rng_state(), state)
+        return talk._said["adapter"][-1]["content"]
+
+    assert drawn("/seed 3") == drawn("/seed 3")
+    assert drawn("/seed 3") != drawn("/seed 4")
+    greedy = drawn("/temperature 0")
+    assert drawn("/top_p 0.0001") == greedy
+
+
+def test_texts_as_they_stand(made, capsys, voices):
+    _, out, _ = run(capsys, made / "run", "--raw", "--only", "base", *FEW, "--prompt", "the minister")
+    source = prepare_demo(NAME)
+    tokenizer, model = AutoTokenizer.from_pretrained(source), AutoModelForCausalLM.from_pretrained(source).eval()
+    ids = tokenizer("the minister", return_tensors="pt").input_ids
+    output = model.generate(input_ids=ids, max_new_tokens=LENGTH, do_sample=False)
+    text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    assert blocks(out) == [("the minister", {"base": printable(text).strip()})]
+
+
+def test_columns_show_the_end_while_writing_and_the_whole_at_last():
+    console = Console(file=io.StringIO(), force_terminal=True, width=60, height=10, color_system=None)
+    with Columns(console).answers(["base", "adapter"]) as tell:
+        for number in range(30):
+            tell("base")(f"line {number}\n")
+        tell("adapter")("\x1b[2Jshort")
+        growing = console.file.getvalue()
+    whole = console.file.getvalue()[len(growing) :]
+    assert "line 0 " not in growing.rpartition("line 29")[0].rpartition("…")[2]
+    assert all(f"line {number} " in whole for number in range(30))
+    assert "\x1b[2J" not in whole
+    assert "short" in whole
+
+
+@pytest.mark.parametrize(
+    ("command", "part"),
+    [
+        ("/rset", "did you mean reset"),
+        ("/temperature warm", "wants a number"),
+        ("/temperature -1", "at least 0"),
+        ("/top_p 0", "above 0"),
+    ],
+)
+def test_wrong_commands_are_told_and_change_nothing(voices, command, part):
+    talk = Conversation(voices, Sampling(), None)
+    with pytest.raises(LoraConfigError, match=part):
+        talk.obey(command)
+    assert talk.sampling == Sampling()
+
+
+def test_what_the_model_cannot_read_is_told(voices):
+    talk = Conversation(voices, Sampling(), None)
+    with pytest.raises(LoraConfigError, match="reads 512 at most"):
+        talk.answer("ball " * 600, Plain())
+    assert talk._said["base"] == []
+
+
+def test_what_is_no_adapter_for_it_is_told(made, tmp_path, capsys):
+    assert run(capsys, made, "--prompt", "x")[0] == 1
+    status, _, err = run(capsys, tmp_path, "--prompt", "x")
+    assert status == 1
+    assert "there is no adapter" in err
+    classifier = shutil.copytree(made / "other", tmp_path / "classifier")
+    config = json.loads((classifier / "adapter_config.json").read_text())
+    (classifier / "adapter_config.json").write_text(json.dumps(config | {"task_type": "SEQ_CLS"}))
+    status, _, err = run(capsys, classifier, "--prompt", "x")
+    assert status == 1
+    assert "lora-lightning eval" in err
+    assert "Traceback" not in err
+
+
+def test_another_base_is_told(made, tmp_path, capsys):
+    base = shutil.copytree(prepare_demo(NAME), tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.add_(1)
+    model.save_pretrained(base)
+    for adapters in ([made / "run"], [made / "run", made / "other"]):
+        status, _, err = run(capsys, *adapters, "--base", base, *FEW, "--prompt", ASKED)
+        assert status == 1
+        assert "--any-base" in err
+        status, _, err = run(capsys, *adapters, "--base", base, "--any-base", *FEW, "--prompt", ASKED)
+        assert status == 0, err
