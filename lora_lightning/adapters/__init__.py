@@ -3,6 +3,7 @@
 from lora_lightning.adapters.base_weights import load_base
 from lora_lightning.adapters.checkpoint import adapter_from_checkpoint
 from lora_lightning.adapters.folder import load_adapter, read_config, read_record, save_adapter
+from lora_lightning.adapters.gguf_file import GgufReport, write_gguf
 from lora_lightning.adapters.hub import adapter_folder
 from lora_lightning.adapters.merge import merge_lora
 from lora_lightning.adapters.merge_report import MergeReport
@@ -12,6 +13,7 @@ from lora_lightning.adapters.several import Adapters
 
 __all__ = [
     "Adapters",
+    "GgufReport",
     "MergeReport",
     "ResizeReport",
     "adapter_folder",
@@ -24,4 +26,5 @@ __all__ = [
     "read_record",
     "resize_adapter",
     "save_adapter",
+    "write_gguf",
 ]
