@@ -19,12 +19,20 @@ from lora_lightning.errors import LoraConfigError
 
 
 class Rows(NamedTuple):
-    """What a text that goes on has come to."""
+    """What a text that goes on has come to: all of it that is known; in a compiled graph what it needs of its end."""
 
-    active: Tensor
-    """(B,): whether the tokens have appeared in a row."""
-    last_BN: Tensor
-    """The last tokens of each row, n - 1 at most: with what follows they may be the invocation."""
+    active_BL: Tensor
+    """Whether the invocation tokens had appeared by then, whole."""
+    ids_BL: Tensor
+    """Token numbers, -1 where there were none: with what follows the last of them may be the invocation."""
+    length: int | None = None
+    """How many tokens the cache held with them; None where nobody counts."""
+
+    def left(self, length: int) -> Rows | None:
+        """The same where the cache holds so many by now: tokens may have been taken back (``crop``)."""
+        gone = 0 if self.length is None else max(0, self.length - length)
+        kept = self.ids_BL.shape[1] - gone
+        return Rows(self.active_BL[:, :kept], self.ids_BL[:, :kept]) if kept > 0 else None
 
 
 class Call:
@@ -73,13 +81,15 @@ class Invocation:
             return None
         offsets = kwargs.pop("alora_offsets", None)
         cache = kwargs.get("past_key_values")
-        past = vars(cache).get(_ROWS, {}).get(self.tokens) if _length(cache) else None
+        length = _length(cache)
+        past: Rows | None = vars(cache).get(_ROWS, {}).get(self.tokens) if length else None
+        past = None if past is None else past.left(length)
         ids_BT = _token_numbers(args, kwargs)
         if ids_BT is None and offsets is None:
             self._warn()
             call = Call(torch.zeros(1, 1, dtype=torch.bool), None, past)
         elif ids_BT is None or offsets is not None:
-            call = _by_offsets(offsets, ids_BT, kwargs)
+            call = _by_offsets(offsets, ids_BT, kwargs, past)
         else:
             call = self._found(ids_BT, kwargs.get("position_ids"), past)
         call.kept = kwargs.get("logits_to_keep")
@@ -94,7 +104,8 @@ class Invocation:
         self._owner = self._call = None
         cache = getattr(output, "past_key_values", None)
         if call.rows is not None and _length(cache):
-            vars(cache).setdefault(_ROWS, {})[self.tokens] = call.rows  # with the cache, so that its copies know too
+            # With the cache, so that its copies know too.
+            vars(cache).setdefault(_ROWS, {})[self.tokens] = self._remembered(call.rows, cache)
         if (node := _graph_of(output)) is not None:
             node.metadata[_CALL] = call
             node.register_hook(lambda *_: self._in_backward(call))
@@ -105,21 +116,30 @@ class Invocation:
         self._calls.add(call)
         Variable._execution_engine.queue_callback(lambda: self._calls.discard(call))
 
+    def _remembered(self, rows: Rows, cache: Any) -> Rows:
+        """What is kept of a text; a graph would be compiled anew for each length of it."""
+        if not torch.compiler.is_compiling():
+            return rows._replace(length=_length(cache))
+        needed = max(1, len(self.tokens) - 1)
+        return Rows(rows.active_BL[:, -needed:], rows.ids_BL[:, -needed:])
+
     def _found(self, ids_BT: Tensor, position_ids: Any, past: Rows | None) -> Call:
-        n = len(self.tokens)
         batch, length = ids_BT.shape
-        if past is not None:
-            past = Rows(*(each.to(ids_BT.device) for each in _for_rows(past, batch)))
         text, texts = ids_BT, _texts(ids_BT, position_ids)
         if past is not None:
-            before = past.last_BN.shape[1]
-            text = torch.cat([past.last_BN, ids_BT], dim=1)
-            texts = torch.nn.functional.pad(texts, (before, 0))
+            past = _for_rows(past, batch, ids_BT.device)
+            last_BN = past.ids_BL[:, max(0, past.ids_BL.shape[1] - (len(self.tokens) - 1)) :]
+            text = torch.cat([last_BN, ids_BT], dim=1)
+            texts = torch.nn.functional.pad(texts, (last_BN.shape[1], 0))
+        places = torch.arange(text.shape[1], device=text.device)
         last = _last_start(text, self.tokens, texts)
-        mask_BT = (last >= 0) & (torch.arange(text.shape[1], device=text.device) >= last)
+        mask_BT = (last >= 0) & (places >= last)
+        active_BT = _first_end(text, self.tokens, texts) <= places
         if past is not None:
-            mask_BT = torch.where((last < 0) & (texts == 0), past.active[:, None], mask_BT)
-        return Call(mask_BT[:, -length:], None, Rows(mask_BT[:, -1], text[:, max(0, text.shape[1] - (n - 1)) :]))
+            before = (texts == 0) & past.active_BL[:, -1:]
+            mask_BT, active_BT = mask_BT | (before & (last < 0)), active_BT | before
+        mask_BT = mask_BT[:, -length:]
+        return Call(mask_BT, None, _followed_by(past, active_BT[:, -length:], ids_BT))
 
     def _warn(self) -> None:
         if not self._warned:
@@ -177,15 +197,31 @@ _ROWS = "_lora_invoked"
 
 def _last_start(ids_BT: Tensor, tokens: Sequence[int], texts_BT: Tensor) -> Tensor:
     """Where the last appearance of the tokens in a position's own text begins, (B, T); -1 where there is none."""
-    length, n = ids_BT.shape[1], len(tokens)
     last_BT = torch.full_like(texts_BT, -1)
-    if length < n:
+    if ids_BT.shape[1] < len(tokens):
         return last_BT
-    wanted = torch.tensor(tokens, device=ids_BT.device)
-    ends = texts_BT[:, n - 1 :]
-    hits = (ids_BT.unfold(1, n, 1) == wanted).all(-1) & (texts_BT[:, : length - n + 1] == ends)
-    starts = torch.where(hits, torch.arange(length - n + 1, device=ids_BT.device), -1)
+    hits, ends = _appearances(ids_BT, tokens, texts_BT)
+    starts = torch.where(hits, torch.arange(hits.shape[1], device=ids_BT.device), -1)
     return last_BT.scatter_reduce(1, ends, starts, "amax").gather(1, texts_BT)
+
+
+def _first_end(ids_BT: Tensor, tokens: Sequence[int], texts_BT: Tensor) -> Tensor:
+    """Where the first appearance of the tokens in a position's own text ends, (B, T); T where there is none."""
+    length, n = ids_BT.shape[1], len(tokens)
+    first_BT = torch.full_like(texts_BT, length)
+    if length < n:
+        return first_BT
+    hits, ends = _appearances(ids_BT, tokens, texts_BT)
+    last = torch.where(hits, torch.arange(n - 1, length, device=ids_BT.device), length)
+    return first_BT.scatter_reduce(1, ends, last, "amin").gather(1, texts_BT)
+
+
+def _appearances(ids_BT: Tensor, tokens: Sequence[int], texts_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether the n tokens begin at a position, (B, T - n + 1), and the texts in which they would end."""
+    n = len(tokens)
+    ends = texts_BT[:, n - 1 :]
+    wanted = torch.tensor(tokens, device=ids_BT.device)
+    return (ids_BT.unfold(1, n, 1) == wanted).all(-1) & (texts_BT[:, : ends.shape[1]] == ends), ends
 
 
 def _texts(ids_BT: Tensor, position_ids: Any) -> Tensor:
@@ -196,12 +232,16 @@ def _texts(ids_BT: Tensor, position_ids: Any) -> Tensor:
     return texts
 
 
-def _by_offsets(offsets: Sequence[int | None], ids_BT: Tensor | None, kwargs: dict[str, Any]) -> Call:
+def _by_offsets(
+    offsets: Sequence[int | None], ids_BT: Tensor | None, kwargs: dict[str, Any], past: Rows | None
+) -> Call:
     given = ids_BT if ids_BT is not None else kwargs["inputs_embeds"]
     length = given.shape[1]
     counted = torch.tensor([0 if each is None else min(int(each), length) for each in offsets], device=given.device)
     mask_BT = torch.arange(length, device=given.device) >= length - counted[:, None]
-    return Call(mask_BT, None, Rows(counted > 0, counted.new_zeros(len(counted), 0)))
+    past = None if past is None else _for_rows(past, len(mask_BT), mask_BT.device)
+    unknown = torch.full_like(mask_BT, -1, dtype=torch.long)
+    return Call(mask_BT, None, _followed_by(past, mask_BT, unknown if ids_BT is None else ids_BT))
 
 
 def _token_numbers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -216,12 +256,20 @@ def _length(cache: Any) -> int:
     return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
 
 
-def _for_rows(past: Rows, batch: int) -> Rows:
+def _for_rows(past: Rows, batch: int, device: torch.device) -> Rows:
     """What is known of the rows, where each has become several (beams)."""
-    times, left = divmod(batch, len(past.active))
+    times, left = divmod(batch, len(past.ids_BL))
     if left or not times:
-        raise LoraConfigError(f"a cache of {len(past.active)} rows goes on with {batch} rows")
-    return past if times == 1 else Rows(*(each.repeat_interleave(times, 0) for each in past))
+        raise LoraConfigError(f"a cache of {len(past.ids_BL)} rows goes on with {batch} rows")
+    known = past.active_BL.to(device), past.ids_BL.to(device)
+    return Rows(*(known if times == 1 else (each.repeat_interleave(times, 0) for each in known)))
+
+
+def _followed_by(past: Rows | None, active_BT: Tensor, ids_BT: Tensor) -> Rows:
+    """What a text comes to with a call's tokens."""
+    if past is None:
+        return Rows(active_BT, ids_BT)
+    return Rows(torch.cat([past.active_BL, active_BT], dim=1), torch.cat([past.ids_BL, ids_BT], dim=1))
 
 
 def _fitted(call: Call, shape: Sequence[int]) -> Tensor | None:

@@ -194,6 +194,27 @@ def test_a_copy_of_a_cache_knows_what_the_text_has_come_to():
     assert copied.get_seq_length() == cache.get_seq_length() + 2
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kept", [1, 3, 4, 6])
+def test_tokens_that_are_taken_back_are_forgotten(kept):
+    """Before the invocation, in it and after it; speculative decoding does so with what was not to come."""
+    model = adapted()
+    row = IDS[:1]  # invoked at 2
+    cache, wanted = DynamicCache(), DynamicCache()
+    parts = (row[:, :3], row[:, 3:])  # a key that was computed after the invocation began stays what it is
+    for part in parts:
+        model(part, past_key_values=cache)
+    cache.crop(kept - 8)
+    for part in (row[:, :kept][:, :3], row[:, 3:kept]):
+        if part.shape[1]:
+            model(part, past_key_values=wanted)
+    for then in ([[1]], [[6, 1]], [[5]], [[6]]):
+        told = model(torch.tensor(then), past_key_values=cache).logits
+        torch.testing.assert_close(told, model(torch.tensor(then), past_key_values=wanted).logits)
+    cache.crop(-cache.get_seq_length())
+    torch.testing.assert_close(model(IDS[4:], past_key_values=cache).logits, model(IDS[4:]).logits)
+
+
 def test_a_cache_of_the_base_is_taken_over():
     """What the method is for: the base has read the text, and the adapter is invoked on it."""
     model = adapted()
