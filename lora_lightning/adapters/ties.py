@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lora_lightning.errors import AdapterError
 from lora_lightning.injection.names import canonical_modules
 from lora_lightning.injection.state import record_of
-from lora_lightning.layers import LoraLayer
+from lora_lightning.layers import DoraLayer, LoraLayer
 
 _FLAG = "tie_word_embeddings"
 
@@ -134,7 +134,12 @@ def _shared(model: nn.Module, layers: Mapping[str, LoraLayer]) -> Iterator[list[
 
 
 def _alike(owners: list[Owner]) -> bool:
-    """Whether adapters that share a weight would change it in the same way, as tied adapters do."""
+    """Whether adapters that share a weight would change it in the same way, as tied adapters do.
+
+    DoRA's magnitudes are of one layer's outputs, beside any update.
+    """
+    if any(isinstance(owner.layer, DoraLayer) for owner in owners):
+        return False
     first, *others = (_delta(owner) for owner in owners)
     size = torch.linalg.vector_norm(first)
     return all(other.shape == first.shape and bool((other - first).norm() <= 1e-6 * size) for other in others)

@@ -32,6 +32,8 @@ _DEALT = {
     *("rank_pattern", "alpha_pattern"),
 }
 """What of a config data may change."""
+_ENDLESS = (itertools.count, itertools.cycle, itertools.repeat)
+"""Iterators that hold no data, or never run out of them."""
 _SPREADING = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 
 
@@ -121,14 +123,27 @@ def _check_read_again(loaders: CombinedLoader, how: Any) -> None:
             read = loader.dataset
             if not isinstance(read, IterableDataset):
                 continue
-        first = iter(read)
-        if first is read or first is iter(read):
+        why = next(_read_once(read), None)
+        if why is not None:
             raise LoraConfigError(
                 f"init_lora_weights={how!r} looks at training data before the first step, and {type(read).__name__} "
-                "can be read only once (its iter() gives the same iterator again): training would miss what was "
-                "looked at. Give it a __iter__ that begins anew (one that yields rows), or inject_lora and "
-                "initialise_from_data the network with batches of your own before trainer.fit"
+                f"can be read only once ({why}): training would miss what was looked at. Give it a __iter__ that "
+                "begins anew (one that yields rows), or inject_lora and initialise_from_data the network with batches "
+                "of your own before trainer.fit"
             )
+
+
+def _read_once(read: Any) -> Iterator[str]:
+    """Why data end once they have been read."""
+    for name, value in getattr(read, "__dict__", {}).items():
+        if isinstance(value, Iterator) and not isinstance(value, _ENDLESS) and not hasattr(value, "seek"):
+            yield f"its {name} is a {type(value).__name__}, which does not begin again"
+        for part in value if isinstance(value, (list, tuple)) else [value]:  # of a chain of data sets
+            if isinstance(part, IterableDataset):
+                yield from _read_once(part)
+    first = iter(read)
+    if first is read or first is iter(read):
+        yield "its iter() gives the same iterator again"
 
 
 @contextmanager

@@ -235,6 +235,20 @@ def test_adapters_that_change_a_tied_weight_alike_are_merged_once(tied, tokens):
     torch.testing.assert_close(model(tokens).logits, wanted, rtol=1e-10, atol=1e-10)
 
 
+def test_magnitudes_of_a_tied_weight_are_not_alike_where_updates_are(tied, tokens):
+    model = adapted(tied, target_modules=["lm_head", "embed_tokens"], use_dora=True)
+    with torch.no_grad():
+        model.lm_head.lora_B.zero_()
+        model.model.embed_tokens.lora_A.zero_()
+        model.lm_head.lora_magnitude.mul_(1.5)
+    wanted = model(tokens).logits
+    with pytest.raises(AdapterError, match="tied to"):
+        merge_lora(model)
+    with pytest.warns(UserWarning, match="untied before merging"):
+        merge_lora(model, untie=True)
+    torch.testing.assert_close(model(tokens).logits, wanted, rtol=1e-10, atol=1e-10)
+
+
 class Scaled(LlamaForCausalLM):
     """A model that computes in another way where its head is tied, as T5 does."""
 

@@ -1,11 +1,13 @@
 """``init_lora_weights`` eva, corda and lora_ga under a Trainer, which shows the adapter its own batches."""
 
+import itertools
+
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
+from torch.utils.data import ChainDataset, DataLoader, IterableDataset, RandomSampler, TensorDataset
 from torchmetrics import MeanMetric, MetricCollection
 
 from lora_lightning import (
@@ -18,6 +20,8 @@ from lora_lightning import (
 )
 from lora_lightning.adapters import adapter_from_checkpoint
 from lora_lightning.injection.state import lora_layers
+
+pytestmark = pytest.mark.usefixtures("warm_starts")
 
 DRIVEN = ["eva", "corda", "lora_ga"]
 
@@ -168,15 +172,27 @@ class _Itself(_OnePass):
         return next(self.rows)
 
 
+class _Held(IterableDataset):
+    """Each iterator is a new one, over a generator that goes on where it was left."""
+
+    def __init__(self):
+        self.rows = (row for row in data())
+
+    def __iter__(self):
+        yield from self.rows
+
+
 @pytest.mark.parametrize(
     "once",
     [
+        lambda: DataLoader(_Held(), batch_size=None),
+        lambda: DataLoader(ChainDataset([_Held()]), batch_size=None),
         lambda: DataLoader(_OnePass(), batch_size=None),
         lambda: DataLoader(_Itself(), batch_size=None),
         lambda: iter(data()),
         lambda: [data(), DataLoader(_OnePass(), batch_size=None)],
     ],
-    ids=["dataset", "itself", "loader", "one of two"],
+    ids=["held", "chained", "dataset", "itself", "loader", "one of two"],
 )
 def test_data_that_can_be_read_once_are_refused_and_left_whole(once, make_trainer, module_class):
     """Looking at them would leave nothing to train on."""
@@ -195,7 +211,11 @@ def test_data_that_can_be_read_once_are_refused_and_left_whole(once, make_traine
 
 def test_a_stream_that_can_be_read_again_is_not_refused(make_trainer, module_class):
     class Stream(IterableDataset):
+        def __init__(self):
+            self.numbers = itertools.count()
+
         def __iter__(self):
+            next(self.numbers)
             yield from data()
 
     seen = _Seen()

@@ -379,3 +379,5 @@ def test_what_trains_around_the_adapted_model_gets_no_gradient_from_the_look(lla
     look_at_data(model, batches(1))
     assert all(p.grad is None for p in model.parameters())
     assert trains == [name for name, p in model.named_parameters() if p.requires_grad]
+    initialise_from_data(model, batches(1))
+    assert trains == [name for name, p in model.named_parameters() if p.requires_grad]

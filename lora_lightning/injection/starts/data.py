@@ -110,7 +110,7 @@ def begin_as_shown(model: nn.Module, shown: Shown) -> None:
                 take_out_start(layer, a, b)
         derive(layer)
     record.awaits_data = False
-    freeze_base(model)
+    freeze_base(root)  # what lies around it may have been left to train
 
 
 def _eva(
