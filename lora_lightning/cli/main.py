@@ -10,6 +10,7 @@ from lora_lightning.errors import did_you_mean
 
 _COMMANDS = {
     "train": "train an adapter; settings in Hydra's way, as in lora.r=64 (`lora-train` for short)",
+    "plan": "what a training would adapt, weigh and take, before it runs; --compare lora=a,b side by side",
     "prepare": "have model, data set and tokenised rows on this machine, for training without a network",
     "generate": "talk to a model, with the adapter and without: <run or adapter folder> [--prompt TEXT]",
     "eval": "measure an adapter beside its base model: adapter=<folder> or ckpt_path=<file>",

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
@@ -116,8 +115,6 @@ def dtype_of(setting: Setting, config: PretrainedConfig) -> torch.dtype:
     if setting.device == "cuda" and not torch.cuda.is_available():  # another machine's, which has what it needs
         return (stored or torch.float32) if setting.model.dtype == "auto" else getattr(torch, setting.model.dtype)
     return pick_dtype(setting.model.dtype, stored, torch.device(setting.device))[0]
-
-
 
 
 def _unbuilt(model: ModelConfig, error: Exception) -> str:

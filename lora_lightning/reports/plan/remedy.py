@@ -1,0 +1,1 @@
+"""What to set where a training runs out of memory."""
