@@ -132,8 +132,9 @@ def check(block: Block, words: list[str]) -> None:
         assert (ROOT / rest[0]).is_file(), place
         understood(Path(rest[0]).stem.replace("_", "-"), rest[1:], place)
     elif program == "python" and rest[0].startswith("benchmarks/"):
-        source = (ROOT / rest[0]).read_text(encoding="utf-8")
-        assert all(f'"{flag}"' in source for flag in rest if flag.startswith("--")), place
+        assert (ROOT / rest[0]).is_file(), place
+        flags = re.findall(r"\"(--[\w-]+)\"", "".join(each.read_text() for each in (ROOT / "benchmarks").glob("*.py")))
+        assert {word for word in rest if word.startswith("--")} <= set(flags), place
     elif program == "lora-lightning":
         understood(rest[0], rest[1:], place)
     elif program == "lora-train":
