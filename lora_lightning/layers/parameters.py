@@ -6,7 +6,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from lora_lightning.errors import LoraConfigError
 from lora_lightning.layers.base import LoraLayer, adapter_dtype
 from lora_lightning.layers.hazards import detached_hook, why_not
 from lora_lightning.layers.holder import Showing, hold, let_go
@@ -79,7 +81,17 @@ class LoraParameter(LoraLayer, Showing, nn.Module):
         return (a.mT, b.mT) if self.lora_transposed else (b, a)
 
     def lora_value(self, weight: Tensor) -> Tensor:
-        """``W + s · B A``, in the dtype and the shape of the parameter."""
+        """``W + s · B A``, in the dtype and the shape of the parameter.
+
+        Raises:
+            LoraConfigError: If the parameter is spread over processes while it is computed with.
+        """
+        if isinstance(weight, DTensor) and not isinstance(self.lora_A, DTensor):
+            raise LoraConfigError(
+                f"{self.lora_parameter} of a {type(self.lora_holder).__name__.removeprefix('Lora')} is spread over "
+                "processes while it is computed with, as tensor and expert parallelism do it, and adapters of "
+                "parameters (target_parameters) do not follow that: use DDP, or FSDP2, which gathers weights before"
+            )
         left, right = self.lora_factors(weight.dtype)
         with torch.autocast(weight.device.type, enabled=False):  # a parameter keeps its dtype
             if weight.ndim == 2:

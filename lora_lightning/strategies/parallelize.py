@@ -16,6 +16,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 
 from lora_lightning.errors import LoraConfigError
 from lora_lightning.injection.names import canonical_modules, find_root
+from lora_lightning.layers.parameters import LoraParameter
+from lora_lightning.layers.tokens import TokenRows
 from lora_lightning.strategies.blocks import blocks
 from lora_lightning.strategies.checkpointing import checkpoint_activations, refuse_reentrant
 from lora_lightning.strategies.checks import check_replicated
@@ -140,7 +142,7 @@ def tensor_parallel_plan(
             ``gate_proj`` and ``up_proj`` by outputs, ``o_proj`` and ``down_proj`` by inputs.
 
     Raises:
-        LoraConfigError: If there is no plan, or a style that is not known here.
+        LoraConfigError: If there is no plan, a style that is not known here, or an adapter that cannot be split.
     """
     prefix, root = find_root(model)
     given: Mapping[str, Any] = plan or getattr(root, "_tp_plan", None) or _plan_of_config(root)
@@ -167,7 +169,24 @@ def tensor_parallel_plan(
             f"{', '.join(_BY_NAME)}. Give plan={{'layers.*.attention.query': 'colwise', …}}; its layers are "
             f"{', '.join(names[:8])}"
         )
+    _refuse_held({name: modules[name] for name in found})
     return found
+
+
+def _refuse_held(modules: Mapping[str, nn.Module]) -> None:
+    """A layer is split with all that is in it, and what an adapter has put there is not the layer's to split."""
+    for name, module in modules.items():
+        for part in module.children():
+            if isinstance(part, LoraParameter):
+                raise LoraConfigError(
+                    f"{name} has an adapter of its own parameters (target_parameters), which does not follow where a "
+                    "layer is split over processes: name the layer in target_modules, or use DDP or FSDP2"
+                )
+            if isinstance(part, TokenRows):
+                raise LoraConfigError(
+                    f"tokens of {name} train (trainable_token_indices), and it is to be split over processes: inject "
+                    "after shard(), as LoraCallback does where configure_model calls it"
+                )
 
 
 def _tied(model: nn.Module) -> list[list[nn.Module]]:

@@ -289,6 +289,24 @@ def test_what_cannot_be_is_told_and_changes_nothing(fields, message):
     assert set(model.state_dict()) == before
 
 
+def test_experts_that_are_spread_over_processes_are_told(tokens, tmp_path):
+    from torch import distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    model = mixtral()
+    inject_lora(model, LoraConfig(r=2, target_modules=[], target_parameters=BOTH))
+    experts = model.model.layers[0].mlp.experts
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        spread = distribute_tensor(experts.down_proj.detach(), init_device_mesh("cpu", (1,)), [Shard(0)])
+        experts._parameters["down_proj"] = nn.Parameter(spread, requires_grad=False)
+        with pytest.raises(LoraConfigError, match="down_proj of a MixtralExperts is spread over processes"):
+            model(tokens)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_autograd_keeps_no_sum_and_makes_it_again(tokens, monkeypatch):
     model = mixtral()
     inject_lora(model, LoraConfig(r=2, target_modules=[], target_parameters=BOTH, init_lora_weights=False))

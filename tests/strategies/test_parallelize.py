@@ -9,7 +9,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from torch.distributed.fsdp.wrap import _Policy
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
-from lora_lightning import LoraConfigError
+from lora_lightning import LoraConfig, LoraConfigError, inject_lora, unload_lora
 from lora_lightning.strategies.blocks import WrapBlocks, blocks
 from lora_lightning.strategies.checkpointing import checkpoint_activations, refuse_reentrant
 from lora_lightning.strategies.parallelize import mixed_precision, tensor_parallel_plan
@@ -218,6 +218,17 @@ def test_no_plan_and_unknown_styles_are_told(llama):
         tensor_parallel_plan(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
     with pytest.raises(LoraConfigError, match=r"model.layers.0.mlp.up_proj is to be split as 'packed_colwise'"):
         tensor_parallel_plan(llama, {"model.layers.*.mlp.up_proj": "packed_colwise"})
+
+
+def test_adapters_that_cannot_be_split_are_told(llama):
+    inject_lora(llama, LoraConfig(r=2, target_parameters=["q_proj.weight"], target_modules=["v_proj"]))
+    with pytest.raises(LoraConfigError, match=r"q_proj has an adapter of its own parameters \(target_parameters\)"):
+        tensor_parallel_plan(llama)
+    unload_lora(llama)
+    tokens = {"lm_head": [1]}
+    inject_lora(llama, LoraConfig(r=2, target_modules=["v_proj"], trainable_token_indices=tokens))
+    with pytest.raises(LoraConfigError, match=r"tokens of lm_head train .* inject after shard"):
+        tensor_parallel_plan(llama, {"lm_head": "colwise"})
 
 
 def test_precision():
