@@ -43,7 +43,7 @@ bench: setup  ## what training costs against PEFT and the frozen model (ARGS="--
 	$(BIN)/python benchmarks/bench.py $(ARGS)
 
 docs: setup  ## the pages of docs/ as a site in site/, refused where a link leads nowhere
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "site/index.html; with search: $(BIN)/python -m http.server --directory site 8000"
 
 lock: setup  ## write requirements.lock anew, keeping the versions that still fit
