@@ -6,8 +6,7 @@ instrument with strong overtones, out of tune and with noise. Everything is made
     python examples/whisper.py
 
 For a real model take ``WhisperForConditionalGeneration.from_pretrained("openai/whisper-small")`` in place of
-``small_whisper()``,
-and recordings with transcripts in place of the melodies.
+``small_whisper()``, and recordings with transcripts in place of the melodies.
 """
 
 from __future__ import annotations
