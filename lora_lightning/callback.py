@@ -37,6 +37,7 @@ from lora_lightning.injection.state import (
     trained_in_full,
     weights_beside,
 )
+from lora_lightning.layers.bits import keep_order
 from lora_lightning.optim import fuse, keep_trainable
 from lora_lightning.optim.by_kind import join_groups
 from lora_lightning.optim.fused import lay_alike
@@ -172,6 +173,7 @@ class LoraCallback(pl.Callback):
             fold_in_first(target, config, self.base_adapter)
         # One seed for all processes, whatever each has set for itself: adapters begin equal under every strategy.
         report = inject_ahead(target, config, seed=trainer.strategy.broadcast(default_seed()))
+        keep_order(pl_module)  # around the target too, where gradients pass through
         if fresh and self.base_adapter is not None:
             record_of(the_root(target)[1]).bases = chain_of(self.base_adapter)
         if adapter is not None and record_of(the_root(target)[1]).source != str(Path(adapter).resolve()):

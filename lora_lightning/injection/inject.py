@@ -129,7 +129,7 @@ def _inject(model: nn.Module, config: LoraConfig, seed: int, *, fill: bool = Tru
         activate(root, config.alora_invocation_tokens)
     _mark_biases(root, config)
     leave_fast_paths(root)
-    keep_order(root)
+    keep_order(model)
     compute_together(root)
     if fresh:
         record = Injected(

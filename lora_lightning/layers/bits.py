@@ -43,13 +43,13 @@ _PACKS = "support_avx512bf16_for_cpu"
 _KEPT = "_lora_packs"
 
 
-def keep_order(root: nn.Module) -> None:
-    """Have every layer of 4 bits below a root lie as it was made, in inference too.
+def keep_order(model: nn.Module) -> None:
+    """Have every layer of 4 bits in a model lie as it was made, in inference too.
 
     On some CPUs bitsandbytes lays them otherwise at the first inference, scales rounded, and reads that by a kernel
     that has no gradient: what lies below such a layer, adapted or not, would then learn nothing, without an error.
     """
-    for layer in root.modules():
+    for layer in model.modules():
         if isinstance(layer, nn.Linear) and _kind_of(layer) is FourBits and _KEPT not in vars(layer):
             vars(layer)[_KEPT] = vars(layer).get(_PACKS, False)
             vars(layer)[_PACKS] = False
@@ -57,9 +57,9 @@ def keep_order(root: nn.Module) -> None:
                 bits.in_order().put(layer)
 
 
-def leave_order(root: nn.Module) -> None:
+def leave_order(model: nn.Module) -> None:
     """Undo :func:`keep_order`: bitsandbytes may lay them as it likes again."""
-    for layer in root.modules():
+    for layer in model.modules():
         if _KEPT in vars(layer):
             vars(layer)[_PACKS] = vars(layer).pop(_KEPT)
 

@@ -5,18 +5,23 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from dataclasses import replace
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lora_lightning import (
     AdapterError,
+    LoraCallback,
     LoraConfig,
     LoraConfigError,
     inject_lora,
     load_adapter,
     lora_disabled,
+    lora_parameters,
     lora_state_dict,
     merge_lora,
     save_adapter,
@@ -186,6 +191,36 @@ def test_the_state_has_nothing_of_a_frozen_base_outside_the_root(llama, quantise
     around = Around().requires_grad_(False)
     inject_lora(around, QLORA)
     assert all("lora_" in name for name in lora_state_dict(around))
+
+
+@pytest.mark.parametrize("by_callback", [False, True])
+def test_inference_leaves_the_gradients_through_what_lies_around_the_adapted_model(
+    llama, quantised, by_callback, tmp_path
+):
+    class Around(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model, self.head = llama, quantised(nn.Linear(64, 64), "nf4")
+
+        def training_step(self, tokens):
+            return self.head(self.model(tokens).logits).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    around, tokens = Around(), torch.arange(12)[None]
+    if by_callback:
+        callback = LoraCallback({**QLORA.to_dict(), "init_lora_weights": False}, module="model")
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+        trainer = pl.Trainer(fast_dev_run=True, callbacks=[callback], default_root_dir=tmp_path, **quiet)
+        trainer.fit(around, DataLoader(tokens))
+    else:
+        inject_lora(around, replace(QLORA, init_lora_weights=False))
+    with torch.no_grad():
+        around.eval().head(torch.ones(1, 64))
+    around.zero_grad()
+    around.train().training_step(tokens).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in lora_parameters(around).values())
 
 
 @pytest.mark.parametrize("more", [{"target_modules": ["q_proj", "v_proj"]}, {"alora_invocation_tokens": [5]}])
