@@ -18,7 +18,7 @@ def table() -> str:
     rows = [
         (
             markdown.code(field.name),
-            markdown.code(field.type),
+            " or ".join(map(markdown.code, str(field.type).split(" | "))),
             markdown.code(repr(_default(field))),
             markdown.from_docstring(means[field.name]),
         )

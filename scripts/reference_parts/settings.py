@@ -117,7 +117,7 @@ def _group(folder: Path) -> Iterator[str]:
     yield f"### {name}" + (" (in any Hydra app)" if folder.is_relative_to(PRESETS) else "")
     for path in sorted(folder.glob("*.yaml"), key=lambda path: (not path.stem.startswith("_"), path.stem)):
         file = File(path)
-        yield f"#### {name}: what they have in common" if path.stem.startswith("_") else f"#### {name}={path.stem}"
+        yield f"#### {name} ({path.stem})" if path.stem.startswith("_") else f"#### {name}={path.stem}"
         on = ", ".join(f"`{other}`" for other in file.builds_on)
         if about := " ".join(part for part in (file.about, f"Builds on {on}." if on else "") if part):
             yield about
