@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lora_lightning.adapters.hub import TOKENIZER_FILES, id_of, reason_of
 from lora_lightning.errors import AdapterError
 
 _CARD = "README.md"
+_PICTURE = re.compile(r"!\[[^]]*\]\(([\w. -]+\.(?:png|jpg|svg))\)")  # of the same folder
 
 
 def push_adapter(
@@ -28,9 +30,10 @@ def push_adapter(
 ) -> str:
     """Send an adapter to the Hugging Face Hub, in one commit; the repository is made if need be.
 
-    Sent are the adapter's own files and the tokenizer beside them, never checkpoints or pickles, and a model card where
-    neither the folder nor the repository has one. Of the adapter that was there before nothing stays: its files that
-    this one does not have are deleted in the same commit.
+    Sent are the adapter's own files, the tokenizer and the model card beside them (``README.md``, and pictures that it
+    shows), never checkpoints or pickles; a short card is made where neither the folder nor the repository has one. Of
+    the adapter that was there before nothing stays: its files that this one does not have are deleted in the same
+    commit.
 
     Args:
         source: An injected model, or an adapter folder.
@@ -62,7 +65,7 @@ def _push(
 
     config = check_folder(folder)
     patterns = (*ADAPTER_FILES, *TOKENIZER_FILES, _CARD)
-    paths = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    paths = sorted({path for pattern in patterns for path in folder.glob(pattern)} | _shown(folder))
     files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationAdd(file.relative_to(folder).as_posix(), file) for file in files if file.is_file()
@@ -81,6 +84,13 @@ def _push(
     except Exception as error:  # as above
         raise AdapterError(f"{folder} was not sent to {name}: {reason_of(error, name, branch)}") from error
     return str(told.pr_url if create_pr else told.commit_url)
+
+
+def _shown(folder: Path) -> set[Path]:
+    """The pictures in a folder that its card shows."""
+    card = folder / _CARD
+    names = _PICTURE.findall(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else []
+    return {folder / name for name in names if (folder / name).is_file()}
 
 
 def _card(name: str, config: dict[str, Any]) -> str:

@@ -35,6 +35,11 @@ def demo_names() -> list[str]:
     return sorted(_DEMOS)
 
 
+def original_of(name: str) -> str | None:
+    """Where a demo model comes from on the Hub; None for what is none, or is on no Hub."""
+    return _ORIGINALS.get(name)
+
+
 def prepare_demo(name: str) -> Path:
     """Make sure that a demo model lies on this machine.
 
@@ -71,6 +76,12 @@ _DEMOS: dict[str, Callable[[], Path]] = {
     "demo:minilm-l6": _minilm,
     "demo:smollm2-135m-instruct": _smollm2,
     "demo:tiny-llama": _tiny_llama,
+}
+
+
+_ORIGINALS = {
+    "demo:minilm-l6": "sentence-transformers/all-MiniLM-L6-v2",
+    "demo:smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
 }
 
 

@@ -1,0 +1,194 @@
+"""The model card of an adapter, made from the run that trained it: what the Hub shows as its page."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from safetensors import safe_open
+
+from lora_lightning.adapters import read_record
+from lora_lightning.adapters.facts import WEIGHTS_FILE
+from lora_lightning.adapters.folder import read_peft_config
+from lora_lightning.adapters.hub import id_of
+from lora_lightning.adapters.pairs import A_ENDINGS, of_config
+from lora_lightning.reports import card_parts as parts
+from lora_lightning.reports.page.folder import Run, read_run
+from lora_lightning.reports.page.words import bytes_of
+from lora_lightning.tasks.demo import original_of
+
+PICTURES = {"loss.png": "Training and validation loss", "insight.png": "What the updates of the layers came to"}
+_PIPELINES = {
+    "CAUSAL_LM": "text-generation",
+    "SEQ_CLS": "text-classification",
+    "SEQ_2_SEQ_LM": "text2text-generation",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
+_TASKS = {"CausalLM": "CAUSAL_LM", "SequenceClassification": "SEQ_CLS"}
+_FORMS = {"peft": "peft", "vllm": "peft", "gguf": "gguf"}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a card is about.
+
+    Attributes:
+        adapter: The adapter folder whose numbers the card has.
+        repo: ``owner/name`` that it will have on the Hub, or the name of a folder.
+        run: The folder of the run that trained it; None tells what the adapter itself says.
+        origin: The adapter folder that this one was made of, where it was.
+        form: What lies beside the card: ``peft``, ``vllm`` or ``gguf``.
+        file: The GGUF file's name.
+    """
+
+    adapter: Path
+    repo: str
+    run: Path | None = None
+    origin: Path | None = None
+    form: str = "peft"
+    file: str = "adapter.gguf"
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return self.repo.rpartition("/")[2]
+
+    @property
+    def at_the_end(self) -> bool:
+        """Whether it is the adapter that the training ended with, which the run's figures are of."""
+        origin = (self.origin or self.adapter).absolute()
+        return self.run is not None and origin.is_relative_to(self.run.absolute() / "adapter")
+
+
+def write_card(subject: Subject, folder: Path) -> Path:
+    """Write ``README.md`` into a folder, with the run's pictures beside it.
+
+    Returns:
+        The card.
+    """
+    found = [name for name in PICTURES if subject.run is not None and (subject.run / name).is_file()]
+    for name in found:
+        (folder / name).write_bytes((subject.run / name).read_bytes())  # type: ignore[operator]  # found in it
+    path = folder / "README.md"
+    path.write_text(model_card(subject, pictures=found), encoding="utf-8")
+    return path
+
+
+def model_card(subject: Subject, *, pictures: Sequence[str] = ()) -> str:
+    """The card's text: a YAML header that the Hub understands, and what people want to know.
+
+    Args:
+        subject: What it is about.
+        pictures: Files beside the card that it shows.
+    """
+    config, run = read_peft_config(subject.adapter), None if subject.run is None else read_run(subject.run)
+    base, task = _base(config), _task(config, run)
+    body = [
+        f"# {subject.name}",
+        _summary(subject, config, base),
+        *parts.figures(run, at_the_end=subject.at_the_end),
+        *(f"![{PICTURES.get(each, each)}]({each})" for each in pictures),
+        *parts.samples(run),
+        _use(subject, config, base or "the base model", task),
+        *parts.settings(run),
+        *parts.environment(run),
+    ]
+    return f"---\n{_header(subject, base, task, run)}\n---\n\n" + "\n\n".join(body) + "\n"
+
+
+def _header(subject: Subject, base: str | None, task: str, run: Run | None) -> str:
+    known = base if base and id_of(base) else None
+    data = str(parts.node(run, "data").get("path") or "")
+    results = _results(run, task) if run is not None and subject.at_the_end else []
+    header = ModelCardData(
+        base_model=known,
+        library_name=_FORMS[subject.form],
+        pipeline_tag=_PIPELINES.get(task),
+        tags=["lora", "lora-lightning", *([f"base_model:adapter:{known}"] if known else [])],
+        datasets=[data] if id_of(data) and not os.path.exists(data) else None,
+        model_name=subject.name if results else None,
+        eval_results=results or None,
+    )
+    return header.to_yaml().strip()
+
+
+def _results(run: Run, task: str) -> list[EvalResult]:
+    """What was measured at the end, as the Hub lists it."""
+    data = parts.node(run, "data")
+    name = str(data.get("path") or "") or str(data.get("_target_", "")).rpartition(".")[2] or "data"
+    found = []
+    for key, value in run.result.items():
+        split, _, metric = key.partition("_")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if split in ("val", "test") and number and not key.endswith("_before"):
+            found.append(
+                EvalResult(
+                    task_type=_PIPELINES.get(task, "other"),
+                    dataset_type="custom",
+                    dataset_name=parts.public(name),
+                    dataset_split="validation" if split == "val" else split,
+                    metric_type=metric,
+                    metric_value=round(float(value), 6),
+                    metric_name=metric.replace("_", " "),
+                )
+            )
+    return found
+
+
+def _summary(subject: Subject, config: Mapping[str, Any], base: str | None) -> str:
+    linked = f"[{base}](https://huggingface.co/{base})" if base and id_of(base) else base
+    kind = "aLoRA" if config.get("alora_invocation_tokens") else "DoRA" if config.get("use_dora") else "LoRA"
+    stable = ", rank-stabilised" if config.get("use_rslora") else ""
+    parameters, updates = _counted(subject.adapter)
+    size = bytes_of((subject.adapter / WEIGHTS_FILE).stat().st_size)
+    sentences = [
+        f"A {kind} adapter{f' over {linked}' if linked else ''}: rank {config['r']}, alpha {config['lora_alpha']:g} "
+        f"(scale {of_config(config).scaling():.4g}{stable}), {parameters:,} parameters in {updates} updates, {size}.",
+        f"Layers: {_targets(config)}.",
+    ]
+    if config.get("rank_pattern") or config.get("alpha_pattern"):
+        sentences.append("Some layers have a rank or a scale of their own: see `adapter_config.json`.")
+    if cut := read_record(subject.adapter).get("resized"):
+        sentences.append(f"Cut down from rank {cut['from']}; {cut['kept']:.2%} of ‖ΔW‖² were kept.")
+    if subject.form == "vllm":
+        sentences.append("Every layer's scale is folded into its B, so that one scale is right for all.")
+    return " ".join(sentences)
+
+
+def _use(subject: Subject, config: Mapping[str, Any], base: str, task: str) -> str:
+    if subject.form == "gguf":
+        return parts.use_in_llama_cpp(subject.file)
+    if subject.form == "vllm":
+        return parts.use_in_vllm(base, subject.repo, subject.name, config["r"])
+    return parts.use_in_python(base, subject.repo, task)
+
+
+def _base(config: Mapping[str, Any]) -> str | None:
+    """The base model as others know it: on the Hub where it is there, else the last part of its folder."""
+    base = config.get("base_model_name_or_path")
+    return None if not base else original_of(base) or parts.public(base)
+
+
+def _task(config: Mapping[str, Any], run: Run | None) -> str:
+    """PEFT's name for what the model does."""
+    target = str(parts.node(run, "task").get("_target_", "")).rpartition(".")[2]
+    return str(config.get("task_type") or _TASKS.get(target, "CAUSAL_LM"))
+
+
+def _counted(adapter: Path) -> tuple[int, int]:
+    """Values in the file, and low-rank updates, from its header."""
+    with safe_open(adapter / WEIGHTS_FILE, "pt") as file:
+        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118  # not a dict
+    return sum(map(math.prod, shapes.values())), sum(key.endswith(A_ENDINGS) for key in shapes)
+
+
+def _targets(config: Mapping[str, Any]) -> str:
+    named = [config.get("target_modules") or [], config.get("target_parameters") or []]
+    return ", ".join(f"`{entry}`" for each in named for entry in ([each] if isinstance(each, str) else each)) or "none"
