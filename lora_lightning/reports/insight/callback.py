@@ -115,12 +115,11 @@ class InsightCallback(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(scalars(rows), step=step - 1)  # Lightning's number of the step that was the last
         if self.picture:
-            self._draw(trainer, rows)
+            self._draw(trainer, rows, path.with_name(f"{self.filename}.png"))
 
-    def _draw(self, trainer: Trainer, rows: list[InsightRow]) -> None:
+    def _draw(self, trainer: Trainer, rows: list[InsightRow], png: Path) -> None:
         from lora_lightning.reports.insight.picture import insight_picture, pixels
 
-        png = self._file(trainer.log_dir, ".png")
         try:
             insight_picture(rows, png)
             for logger in trainer.loggers:
