@@ -12,6 +12,8 @@ from torch import nn
 
 from lora_lightning import AdapterError, LoraCallback, LoraConfig
 
+pytestmark = pytest.mark.usefixtures("warm_starts")
+
 CONFIG = LoraConfig(r=2, lora_alpha=4)
 
 

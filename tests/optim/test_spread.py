@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+pytestmark = pytest.mark.usefixtures("warm_starts")
+
 SCRIPT = """
 import sys
 import lightning.pytorch as pl

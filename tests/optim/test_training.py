@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lora_lightning import LoraCallback, LoraConfig, lora_state_dict
 from lora_lightning.optim import lora_fa, lora_plus, lora_rite, riemannian, riemannian_sgd, schedule_free
 
+pytestmark = pytest.mark.usefixtures("warm_starts")
+
 MAKE = {
     "lora_plus": lambda module: lora_plus(module, lr=1e-2),
     "lora_fa": lambda module: lora_fa(module, lr=1e-2),

@@ -15,6 +15,8 @@ from lora_lightning import LoraCallback, LoraConfig, lora_parameters
 from lora_lightning.adapters.facts import WEIGHTS_FILE
 from lora_lightning.injection import inject_lora
 
+pytestmark = pytest.mark.usefixtures("warm_starts")
+
 DECAY = 0.7
 ORDERS = ["lora first", "average first"]
 

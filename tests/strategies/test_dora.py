@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+pytestmark = pytest.mark.usefixtures("warm_starts")
+
 COMPUTE = """
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor

@@ -7,6 +7,8 @@ import sys
 import pytest
 import torch
 
+pytestmark = pytest.mark.usefixtures("warm_starts")
+
 SCRIPT = """
 import os, sys
 import lightning.pytorch as pl, torch

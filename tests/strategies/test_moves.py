@@ -11,6 +11,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from resume import ACROSS, SAME, difference, resumed, run
 from strategies import COLUMNS, ROWS, row_of
 
+pytestmark = pytest.mark.usefixtures("warm_starts")
+
 MOVES = (
     ("ddp", "ddp"),
     ("single", "fsdp2"),

@@ -15,6 +15,8 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from lora_lightning import LoraCallback, LoraConfig, LoraConfigError
 from lora_lightning.strategies import checks
 
+pytestmark = pytest.mark.usefixtures("warm_starts")
+
 SCRIPT = """
 import hydra, lightning.pytorch as pl, sys, torch
 from omegaconf import DictConfig

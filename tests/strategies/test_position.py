@@ -13,6 +13,8 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, T
 
 from lora_lightning import LoraCallback, LoraConfig, lora_state_dict
 
+pytestmark = pytest.mark.usefixtures("warm_starts")
+
 ROWS = 22
 
 

@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lora_lightning import LoraCallback, LoraConfig, LoraConfigError, inject_lora, lora_parameters
 
+pytestmark = pytest.mark.usefixtures("warm_starts")
+
 
 class Quantised(nn.Linear):
     """Stands for a layer of a quantising library."""

@@ -15,6 +15,8 @@ import lora_lightning
 from lora_lightning import LoraConfigError
 from lora_lightning.tasks import CausalLM, ModelConfig, SequenceClassification
 
+pytestmark = pytest.mark.usefixtures("warm_starts")
+
 SCRIPT = Path(lora_lightning.__file__).parents[1] / "scripts" / "train.py"
 
 
