@@ -26,7 +26,10 @@ def _cell(text: str) -> str:
 
 def _escaped(part: str) -> str:
     escaped = part.replace("<", "&lt;").replace("|", "&#124;")
-    return f"<code>{escaped[1:-1]}</code>" if part[:1] == "`" else escaped
+    if part[:1] != "`":
+        return escaped
+    inner = re.sub(r"[\[\]*_\\]", lambda found: f"&#{ord(found[0])};", escaped[1:-1])  # what Markdown would act upon
+    return f"<code>{inner}</code>"
 
 
 def code(value: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -67,8 +68,10 @@ class File:
                     yield Key(name, "", comment)
                 yield from self._walk(value, f"{name}.")
             else:
-                written = self._text[value.start_mark.index : value.end_mark.index]
-                yield Key(name, written.replace("\\\n", "").strip(), self._comment(key, value))
+                written = self._text[value.start_mark.index : value.end_mark.index].replace("\\\n", "").strip()
+                if isinstance(value, yaml.SequenceNode) and not value.flow_style:
+                    written = re.sub(r"\s+# .*", "", written)
+                yield Key(name, written, self._comment(key, value))
 
     def _comment(self, key: yaml.Node, last: yaml.Node) -> str:
         """What stands behind a key and its value, else in the lines right above."""
