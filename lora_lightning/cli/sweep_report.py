@@ -52,8 +52,9 @@ def report(folder: Path, *, metric: str | None = None, mode: str | None = None, 
     sweep = collect(folder, metric=metric, mode=mode)
     path = write(sweep)
     console.print(as_table(sweep))
-    page = try_sweep_page(sweep.folder, as_data(sweep))
-    console.print(f"Report: {path}{'' if page is None else f' and {page.name} beside it'}", soft_wrap=True)
+    console.print(f"Report: {path}", soft_wrap=True)
+    if (page := try_sweep_page(sweep.folder, as_data(sweep))) is not None:
+        console.print(f"One page of it: {page}", soft_wrap=True)
     return path
 
 

@@ -20,7 +20,7 @@ def test_the_table_is_printed(folder, capsys, monkeypatch):
     assert said[1].split()[:3] == ["job", "r", "val_loss"]
     assert said[2].split()[:3] == ["best", "1", "8"]
     assert said[3].split()[:2] == ["0", "4"]
-    assert said[-1] == f"Report: {folder / 'sweep.md'}"
+    assert said[-2:] == [f"Report: {folder / 'sweep.md'}", f"One page of it: {folder / 'report.html'}"]
 
 
 def test_another_metric_and_mode(folder, capsys):

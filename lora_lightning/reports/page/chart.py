@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -117,14 +118,13 @@ def chart(title: str, lines: Sequence[Line], *, steps: int | None = None) -> Cha
             paths.append(Path(f"M{drawn(mean)}", f"line {line.tone}"))
         if line.dots:
             paths += [Path(f"M{drawn([point])}h0", f"dot {line.tone}") for point in points]
-    shown = number_form(y_ticks)
     return Chart(
         title=title,
         lines=lines,
         grid="".join(f"M0 {1000 - 10 * up(tick):.1f}H1000" for tick in y_ticks),
         paths=paths,
         x=[Mark(across(tick), 0.0, f"{tick:,.0f}") for tick in x_ticks],
-        y=[Mark(0.0, up(tick), shown.format(tick)) for tick in y_ticks],
+        y=[Mark(0.0, up(tick), text) for tick, text in zip(y_ticks, written(y_ticks), strict=True)],
         labels=[
             Mark(across(step), up(value), figure(value), line.tone)
             for line in lines
@@ -162,19 +162,18 @@ def ticks(low: float, high: float, most: int, *, whole: bool = False) -> list[fl
     return [round(float(tick), digits) for tick in found]
 
 
-def number_form(values: Sequence[float]) -> str:
-    """A format that tells equally spaced numbers apart and has no digit more.
+def written(values: Sequence[float]) -> list[str]:
+    """Equally spaced numbers with as many digits as tell them apart, and none more.
 
-    >>> [number_form([0, 1, 2]), number_form([0, 0.5, 1]), number_form([0, 2e-5]), number_form([0, 5000])]
-    ['{:.0f}', '{:.1f}', '{:.0e}', '{:,.0f}']
+    >>> [written(each) for each in ([0, 1, 2], [0, 0.5], [0, 0.25], [0, 2e-5], [0, 5000])]
+    [['0', '1', '2'], ['0.0', '0.5'], ['0.00', '0.25'], ['0', '2e-5'], ['0', '5,000']]
     """
     step, top = values[1] - values[0], max(map(abs, values))
     if top < 1e-2:
-        return "{:.0e}" if _has_digits(values, 0) else "{:.1e}"
-    if top >= 1000:
-        return "{:,.0f}"
-    digits = max(0, -math.floor(math.log10(step) + 1e-9))
-    return f"{{:.{digits + (round(step * 10**digits, 6) % 1 != 0)}f}}"
+        digits = next(digits for digits in range(1, 18) if all(_says(f"{each:.{digits}g}", each) for each in values))
+        return ["0" if value == 0 else re.sub(r"e-0*", "e-", f"{value:.{digits}g}") for value in values]
+    digits = next(digits for digits in range(20) if _says(f"{step:.{digits}f}", step))
+    return [f"{value:,.{digits}f}" for value in values]
 
 
 def thinned(points: Points, most: int = _MOST) -> Points:
@@ -208,5 +207,5 @@ def _rounded(points: Points) -> list[list[float]]:
     return [[step, float(f"{value:.5g}")] for step, value in points]
 
 
-def _has_digits(values: Sequence[float], digits: int) -> bool:
-    return all(math.isclose(float(f"{value:.{digits}e}"), value, rel_tol=1e-6, abs_tol=1e-15) for value in values)
+def _says(text: str, value: float) -> bool:
+    return math.isclose(float(text), value, rel_tol=1e-6)

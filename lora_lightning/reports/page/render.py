@@ -75,12 +75,12 @@ def picture(png: Path) -> str:
 
 
 def link(path: str | os.PathLike[str]) -> str:
-    """The address of a file beside the page; a name with a colon in it is no scheme.
+    """The address of a file or folder/ beside the page; a name with a colon in it is no scheme.
 
     >>> link("0/report.html"), link("javascript:alert(1)")
     ('./0/report.html', './javascript%3Aalert%281%29')
     """
-    return f"./{quote(Path(path).as_posix())}"
+    return f"./{quote(os.fspath(path).replace(os.sep, '/'))}"
 
 
 @cache

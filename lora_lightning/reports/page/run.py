@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from lora_lightning.reports.page.files import listed
 from lora_lightning.reports.page.folder import ADVICE, INSIGHT, METRICS, Run, read_run
 from lora_lightning.reports.page.heatmap import heatmaps
 from lora_lightning.reports.page.settings import what_matters
-from lora_lightning.reports.page.words import day
+from lora_lightning.reports.page.words import day, setting
 
 _TITLES = {
     "tokens_per_second": "Tokens a second",
@@ -166,24 +165,24 @@ def _samples(times: list[dict[str, Any]]) -> tuple[str, str, list[Sample]]:
     return str(first.get("title", "")), str(last.get("title", "")), found
 
 
-def _advice(run: Run) -> list[dict[str, str]]:
-    """Each advice as sentence, severity and the override to paste; the file's own lines where the result has none."""
+def _advice(run: Run) -> list[dict[str, Any]] | None:
+    """What the run's figures say about its settings; None where nobody has looked."""
     given = run.result.get("advice")
-    if isinstance(given, list):
-        return [
-            {key: str(each.get(key) or "") for key in ("sentence", "severity", "override", "rule")}
-            if isinstance(each, dict)
-            else {"sentence": str(each), "severity": "", "override": "", "rule": ""}
-            for each in given
-        ]
-    path = run.folder / ADVICE
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    sentences = [
-        re.sub(r"^[-*\d.]+\s+", "", line.strip()) for line in lines if line.strip() and not line.startswith("#")
+    if not isinstance(given, list):
+        return None
+    return [
+        {
+            "rule": str(each.get("rule") or ""),
+            "severity": "warning" if each.get("severity") == "warning" else "hint",
+            "sentence": str(each.get("sentence") or ""),
+            "override": each.get("override"),
+            "numbers": {
+                str(name).replace("_", " "): setting(value) for name, value in (each.get("numbers") or {}).items()
+            },
+        }
+        for each in given
+        if isinstance(each, dict)
     ]
-    return [{"sentence": each, "severity": "", "override": "", "rule": ""} for each in sentences]
 
 
 def _adapted(run: Run) -> dict[str, Any] | None:

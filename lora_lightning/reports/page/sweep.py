@@ -60,7 +60,7 @@ def try_sweep_page(folder: str | os.PathLike[str], data: Mapping[str, Any]) -> P
 def _link(folder: Path, place: str) -> str:
     """A job's page where it has one, else its folder."""
     page = Path(place) / render.PAGE
-    return render.link(page) if (folder / page).is_file() else f"{render.link(place)}/"
+    return render.link(page if (folder / page).is_file() else f"{place}/")
 
 
 def _table(table: Mapping[str, Any], links: Mapping[str, str]) -> dict[str, Any]:

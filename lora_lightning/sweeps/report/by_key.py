@@ -29,9 +29,9 @@ def by_key(sweep: Sweep, key: str) -> Figure | None:
         The picture, or None where the setting has only one value.
     """
     rows = [row for row in sweep.ranked if row.metric is not None and key in row.settings]
-    across = scale_of(key, (row.settings[key] for row in rows))
-    if len(across.values) < 2:
+    if len({_text(row, key) for row in rows}) < 2:
         return None
+    across = scale_of(key, (row.settings[key] for row in rows))
     others = _others(sweep, key, rows)
     coloured = next((each for each in others if len(others[each].values) <= _COLOURS), next(iter(others), None))
     styled = next((each for each in others if each != coloured and len(others[each].values) <= len(_STYLES)), None)

@@ -26,7 +26,7 @@ class Seen(NamedTuple):
 
     Attributes:
         complaints: What the console said, and exceptions.
-        requests: Every address that was asked for, the page's own among them.
+        requests: Every address that was asked for, the page's own among them, and that was not refused by its policy.
         answers: Of the expressions.
         picture: A PNG of the whole page.
         pdf: The page as printed.
@@ -52,7 +52,7 @@ def look(page: Path, folder: Path, *expressions: str, width: int = 375, height: 
     """
     program = find()
     assert program is not None
-    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", "--no-first-run"]
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", "--hide-scrollbars"]
     flags += ["--disable-dev-shm-usage", "--disable-background-networking", "--disable-component-update"]
     with subprocess.Popen(
         [program, *flags, f"--user-data-dir={folder}", "about:blank"],
@@ -71,7 +71,7 @@ def look(page: Path, folder: Path, *expressions: str, width: int = 375, height: 
 async def _look(address: str, page: Path, expressions, width: int, height: int, media: dict[str, str]) -> Seen:
     numbers, answers = itertools.count(1), {}
     complaints: list[str] = []
-    requests: list[str] = []
+    requests: dict[str, str] = {}
     loaded = asyncio.Event()
     port = address.split("/")[2]
     async with aiohttp.ClientSession() as http:
@@ -86,7 +86,9 @@ async def _look(address: str, page: Path, expressions, width: int, height: int, 
                     if "id" in told:
                         answers.pop(told["id"]).set_result(told.get("result", told.get("error")))
                     elif what == "Network.requestWillBeSent":
-                        requests.append(about["request"]["url"])
+                        requests[about["requestId"]] = about["request"]["url"]
+                    elif what == "Network.loadingFailed" and about.get("blockedReason") == "csp":
+                        requests.pop(about["requestId"])
                     elif what == "Page.loadEventFired":
                         loaded.set()
                     elif what in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded"):
@@ -117,7 +119,7 @@ async def _look(address: str, page: Path, expressions, width: int, height: int, 
             shot = await ask("Page.captureScreenshot", captureBeyondViewport=True)
             pdf = await ask("Page.printToPDF", printBackground=False, preferCSSPageSize=True)
             listener.cancel()
-    return Seen(complaints, requests, values, base64.b64decode(shot["data"]), base64.b64decode(pdf["data"]))
+    return Seen(complaints, [*requests.values()], values, base64.b64decode(shot["data"]), base64.b64decode(pdf["data"]))
 
 
 if __name__ == "__main__":  # python tests/reports/page/browser.py report.html picture.png [width] [light|dark|print]

@@ -105,6 +105,14 @@ def test_what_agrees_in_all_else_is_joined_among_points(tmp_path):
     assert line[:, 0].tolist() == [2, 3, 6]
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_setting_of_no_finished_job_has_no_picture(tmp_path):
+    failed = {"overrides": ["lora.r=64", "note=x"], "result": {"status": "failed"}}
+    made = draw_all(swept(tmp_path, [*grid(lora__r=RANKS), failed]))
+    assert "plots/val_loss_by_r.png" in made
+    assert "plots/val_loss_by_note.png" not in made
+
+
 def test_one_that_is_far_off_is_marked_at_the_edge(tmp_path):
     jobs = grid(lora__r=["2", "4", "8", "16", "32"])
     jobs[0]["result"]["val_loss"] = 1e5
