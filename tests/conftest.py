@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -10,6 +11,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -51,6 +53,29 @@ def demo_cache(demo_folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(demo_folder))
         yield demo_folder
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory) -> SimpleNamespace:
+    """A task of the evaluation harness that needs no download: its folder, and its rows."""
+    folder = tmp_path_factory.mktemp("tasks")
+    things = ("ball", "boat", "bird", "book", "chair", "clock", "coat", "cup")
+    rows = [
+        {
+            "question": f"What colour is the {thing}?",
+            "choices": [f"The {thing} is {colour}." for colour in ("red", "green", "blue")],
+            "answer": number % 3,
+        }
+        for number, thing in enumerate(things)
+    ]
+    (folder / "colours.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "colours.yaml").write_text(
+        "task: colours\ndataset_path: json\noutput_type: multiple_choice\ntest_split: test\n"
+        f"dataset_kwargs: {{data_files: {{test: {folder}/colours.jsonl}}, cache_dir: {folder}/cache}}\n"
+        'doc_to_text: "{{question}}"\ndoc_to_target: "{{answer}}"\ndoc_to_choice: "{{choices}}"\n'
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    return SimpleNamespace(folder=folder, rows=rows)
 
 
 @pytest.fixture

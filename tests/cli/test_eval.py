@@ -44,3 +44,53 @@ def test_a_missing_adapter_is_a_message(call, tmp_path):
     assert done.status == 1
     assert "/nowhere" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_runs_folder_says_what_it_was_made_with_and_single_keys_go_on_top(smoke, call, tmp_path):
+    folder, _ = smoke
+    trained = json.loads((folder / "result.json").read_text())
+    done = call(main, f"adapter={folder}", "data.val_rows=16", f"hydra.run.dir={tmp_path}")
+    assert done.status == 0, done.stderr
+    assert f"model, data, task: as in {folder}" in done.stdout
+    assert "better" in done.stdout
+    measured = json.loads((tmp_path / "eval.json").read_text())
+    some = call(main, "experiment=smoke", "data.val_rows=16", f"adapter={folder}", f"hydra.run.dir={tmp_path}")
+    assert "as in" not in some.stdout
+    assert json.loads((tmp_path / "eval.json").read_text())["adapted"] == measured["adapted"]
+    assert measured["adapted"]["val_loss"] != pytest.approx(trained["val_loss"], rel=1e-5)
+
+
+def test_tasks_of_the_harness_for_both(smoke, call, tmp_path, colours):
+    folder, _ = smoke
+    done = call(
+        main,
+        f"adapter={folder}",
+        "split=null",
+        "lm_eval=[colours]",
+        f"lm_eval_tasks_path={colours.folder}",
+        "lm_eval_limit=4",
+        f"hydra.run.dir={tmp_path}",
+    )
+    assert done.status == 0, done.stderr
+    measured = json.loads((tmp_path / "eval.json").read_text())
+    assert measured["lm_eval"]["limit"] == 4
+    assert measured["lm_eval"]["base"].keys() == measured["lm_eval"]["adapted"].keys() == {"colours acc"}
+    assert measured["base"] == {}
+    assert "colours acc" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        (["split=null"], "nothing to measure"),
+        (["split=train"], "val, test or null"),
+        (["lm_eval=arc_easy", "lm_eval_tasks_path=/nowhere"], "no folder"),
+        (["lm_eval=arc_easy", "task=sequence_classification"], "asks causal language models"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_before_anything_is_loaded(smoke, call, tmp_path, given, part):
+    done = call(main, f"adapter={smoke[0]}", *given, f"hydra.run.dir={tmp_path}")
+    assert done.status == 1
+    assert part in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "eval.json").exists()
