@@ -11,7 +11,16 @@ from pathlib import Path
 from lora_lightning.errors import LoraConfigError
 
 # Files that a run writes under one name; those of an earlier run are moved aside when it is resumed.
-FILES = ("result.json", "metrics.csv", "loss.png", "config.yaml", "hparams.yaml", "about.json")
+FILES = (
+    "result.json",
+    "metrics.csv",
+    "loss.png",
+    "insight.png",
+    "advice.md",
+    "config.yaml",
+    "hparams.yaml",
+    "about.json",
+)
 _RANKS = ("LOCAL_RANK", "RANK", "GLOBAL_RANK", "SLURM_PROCID", "NODE_RANK")
 
 

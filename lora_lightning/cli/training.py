@@ -22,6 +22,7 @@ from lora_lightning.cli.progress import Announcement
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import LoraConfigError, did_you_mean
 from lora_lightning.reports import RunRecorder, closing_table, loss_picture
+from lora_lightning.reports.advice import advice_table, leave_advice
 from lora_lightning.reports.page import AboutRun, try_page
 
 
@@ -131,6 +132,10 @@ def _leave(
         fields["best_adapter_path"] = None if lora.best_adapter_path is None else str(lora.best_adapter_path)
     measured = (recorder.fields | fields).get(cfg.optimized_metric)
     fields["value"] = measured if isinstance(measured, (int, float)) else None
+    advised = status == "finished" and reports_wanted(cfg)
+    advice = leave_advice(folder, recorder.fields | fields) if advised else []
+    if advised:
+        fields["advice"] = [each.to_dict() for each in advice]
     result = recorder.write_result(folder / "result.json", **fields)
     metrics, reports = folder / "metrics.csv", reports_wanted(cfg)
     if metrics.is_file() and reports:
@@ -141,8 +146,9 @@ def _leave(
         kept = ("val_loss_before", "val_loss", "trainable_parameters", "total_parameters", "steps", "seed")
         trackers.log_adapter(trainer.loggers, Path(fields["adapter_path"]), {key: content[key] for key in kept})
     console = Console()
-    if status == "finished" and reports:
+    if advised:
         console.print(closing_table(content))
+        console.print(advice_table(advice))
     console.print(f"Run folder: {result.parent}", soft_wrap=True)
     if reports and (page := try_page(folder)) is not None:
         console.print(f"One page of it: {page}", soft_wrap=True)
