@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "plan.md"
-STEPS = 4
+STEPS = 2
 
 
 class Case(NamedTuple):
@@ -105,6 +105,7 @@ def _row(name: str, folder: Path) -> list[str]:
     peak = json.loads(done.stdout.splitlines()[-1])["peak"]
     estimate = planned.memory.total
     batch = f"{case.rows} × {case.tokens}"
+    print(f"{name}: plan {size(estimate)}, peak {size(peak)}", file=sys.stderr, flush=True)
     return [name, str(case.rank), batch, size(estimate), size(peak), f"{estimate / peak - 1:+.1%}", f"{took:.1f} s"]
 
 

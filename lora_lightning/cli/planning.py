@@ -26,6 +26,7 @@ from lora_lightning.tasks import ModelConfig
 _OPTIMIZERS = {"SGD": 4.0, "adamw_8bit": 2.0, "schedule_free": ADAMW, "riemannian_sgd": 4.0}
 """Bytes that an optimizer keeps for each number, where that is not what AdamW keeps."""
 _ASSUMED_TOKENS = 512
+_BULLET = "\n  - "
 
 
 def show(cfg: DictConfig) -> None:
@@ -62,14 +63,14 @@ def setting_of(cfg: DictConfig) -> Setting:
     """
     problems: list[str] = []
     found: dict[str, Any] = {}
-    for name, reading in (("model", _model), ("lora", _lora), ("task", _task), ("trainer", _trainer), ("data", _data)):
+    for reading in (_model, _lora, _task, _trainer, _data):
         with _collected(problems):
             found |= reading(cfg)
     with _collected(problems):
         found["memory"] = bytes_of(cfg.plan.memory)
     if problems:
         raise LoraConfigError(
-            "\n  - ".join(["This cannot be planned:", *problems]) if len(problems) > 1 else problems[0]
+            problems[0] if len(problems) == 1 else _BULLET.join(["This cannot be planned:", *problems])
         )
     return Setting(**found, scored=cfg.plan.scored, optimizer_bytes=_optimizer_bytes(cfg))
 
@@ -125,13 +126,12 @@ def _trainer(cfg: DictConfig) -> dict[str, Any]:
     strategy = _strategy(trainer["strategy"])
     device = _device(trainer["accelerator"])
     here = torch.cuda.device_count() if device == "cuda" else 1
-    devices = (max(1, here) if trainer["devices"] in ("auto", -1) else _count(trainer["devices"])) * trainer[
-        "num_nodes"
-    ]
+    each = max(1, here) if trainer["devices"] in ("auto", -1, "-1") else _count(trainer["devices"])
+    devices = each * trainer["num_nodes"]
     if strategy == "single" and devices > 1:
         strategy = "ddp"  # what Lightning takes then
     sized = trainer["strategy"].get("tensor_parallel_size", 1) if isinstance(trainer["strategy"], Mapping) else 1
-    parts = devices // trainer["num_nodes"] if sized == "auto" else int(sized)
+    parts = each if sized == "auto" else int(sized)
     return {
         "strategy": "tp" if strategy == "fsdp2" and parts > 1 else strategy,
         "device": device,

@@ -27,10 +27,11 @@ _MEMORY = {
 
 def plan_table(plan: Plan) -> RenderableType:
     """All of a plan: layers, what is left out, memory, batch and time."""
-    parts: list[RenderableType] = [_layers(plan), Text("")]
+    parts: list[RenderableType] = [Text(plan.report.line(), style="italic"), _layers(plan), Text("")]
     if plan.left_out:
         parts += [Text(f"Not adapted: {_listed(plan.left_out)}"), Text("")]
-    parts += [_memory(plan), Text(""), _facts(plan)]
+    title = Text(f"Memory of a device ({_where(plan.setting)})", style="italic")
+    parts += [title, _memory(plan), Text(""), _facts(plan)]
     parts += [Text(f"Note: {note}") for note in plan.notes]
     return Group(*parts)
 
@@ -72,7 +73,7 @@ def verdict(plan: Plan) -> str:
 
 
 def _layers(plan: Plan) -> Table:
-    table = Table(title=plan.report.line(), title_justify="left")
+    table = Table()
     for heading in (*plan.report.HEADINGS, "share"):
         table.add_column(heading, justify="left" if heading in ("layer", "kind") else "right")
     whole = max(1, plan.report.trainable_parameters)
@@ -92,7 +93,7 @@ def _layers(plan: Plan) -> Table:
 
 def _memory(plan: Plan) -> Table:
     numbers = plan.memory.to_dict()
-    table = Table(title=f"Memory of a device ({_where(plan.setting)})", title_justify="left", show_header=False)
+    table = Table(show_header=False)
     table.add_column()
     table.add_column(justify="right")
     for name, heading in _MEMORY.items():
