@@ -14,7 +14,14 @@ from lora_lightning.adapters.peft_names import peft_names
 from lora_lightning.adapters.tied_files import tied_names
 from lora_lightning.config_starts import changes_base
 from lora_lightning.injection.names import is_below, join, unwrap
-from lora_lightning.injection.state import adapter_tensors, lora_state_dict, record_of, the_root, trained_in_full
+from lora_lightning.injection.state import (
+    adapter_tensors,
+    lora_state_dict,
+    record_of,
+    refuse_disabled,
+    the_root,
+    trained_in_full,
+)
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -69,8 +76,13 @@ def describe(model: nn.Module) -> AdapterFacts:
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """What goes into the folder: the root's state, and what trains outside it (nothing else around the model)."""
+    """What goes into the folder: the root's state, and what trains outside it (nothing else around the model).
+
+    Raises:
+        AdapterError: If there is no adapter, or it is switched off (:func:`lora_disabled`).
+    """
     model = unwrap(model)
+    refuse_disabled(model)
     prefix, _ = the_root(model)
     own = adapter_tensors(model).keys()
     return {name: value for name, value in lora_state_dict(model).items() if is_below(name, prefix) or name in own}

@@ -71,7 +71,8 @@ class Held:
         """Which settings make it more than updates of single layers over the base as it is; None where none does."""
         found = [f"{field}={value!r}" for field in _MORE if (value := getattr(self.config, field))]
         if changes_base(start := self.config.init_lora_weights):
-            found.append(f"init_lora_weights={start!r} (once saved and loaded again, it is for the base as it is)")
+            loaded = "once saved and loaded again, it is for the base as it is"
+            found.append(f"init_lora_weights={start!r} ({'for a rounded base' if start == 'loftq' else loaded})")
         return ", ".join(found) or None
 
     def by_layer(self) -> dict[str, dict[str, nn.Parameter]]:

@@ -16,7 +16,7 @@ from lora_lightning.adapters.ties import part_ties
 from lora_lightning.errors import AdapterError
 from lora_lightning.injection.beside import token_rows
 from lora_lightning.injection.names import unwrap
-from lora_lightning.injection.state import lora_layers, the_root
+from lora_lightning.injection.state import lora_layers, refuse_disabled, the_root
 from lora_lightning.injection.tensors import norms, spread_like, whole
 from lora_lightning.injection.unload import remove_adapter
 from lora_lightning.layers import LoraLayer
@@ -53,6 +53,7 @@ def merge_lora(
     """
     model = unwrap(model)
     root = the_root(model)[1]
+    refuse_disabled(model)
     layers: dict[str, Any] = {**dict(lora_layers(model)), **dict(token_rows(model))}
     if whys := [f"{name} {why}" for name, layer in layers.items() if (why := layer.lora_unmergeable()) is not None]:
         raise AdapterError("not merged:" + "".join(f"\n  - {why}" for why in whys[:4]))

@@ -137,9 +137,10 @@ def _other_kind(here: LoraConfig, there: LoraConfig) -> list[str]:
     both = [(name, getattr(here, name), getattr(there, name)) for name in fields]
     problems = [f"{name}: {a!r} in place, {b!r} in the folder" for name, a, b in both if a != b and (a or b)]
     if changes_base(start := there.init_lora_weights):
+        saved = ", or load it, save it and swap what was saved, which is for the base as it is"
         problems.append(
             f"init_lora_weights={start!r}: its values are for a base that this start has changed. Load it under a name "
-            "of its own, or load it, save it and swap what was saved, which is for the base as it is"
+            f"of its own{'' if start == 'loftq' else saved}"
         )
     return problems
 

@@ -17,9 +17,11 @@ from lora_lightning.injection.starts.residual import settle_weight, starts_of
 from lora_lightning.injection.tensors import spread_like
 from lora_lightning.injection.tying import Untied
 from lora_lightning.layers import LoraLayer, is_quantised
+from lora_lightning.layers.tokens import TokenRows
 
 RECORD = "_lora_injected"
 ORIGINALS = "_lora_originals"
+_SWITCHED = (LoraLayer, TokenRows)
 
 
 @dataclass
@@ -108,8 +110,22 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def refuse_disabled(model: nn.Module) -> None:
+    """Raise inside :func:`lora_disabled`, where the model shows the base's values in the place of trained ones.
+
+    Raises:
+        AdapterError: If the adapter is switched off.
+    """
+    if any(not module.lora_enabled for _, module in canonical_modules(unwrap(model)) if isinstance(module, _SWITCHED)):
+        raise AdapterError("the adapter is switched off here: leave the with block of lora_disabled(model) first")
+
+
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapter's parameters that train, by canonical name (no wrapper's part in it)."""
+    """The adapter's parameters that train, by canonical name (no wrapper's part in it).
+
+    Args:
+        model: An injected model, or a LightningModule around one; of any other there are none.
+    """
     tensors = adapter_tensors(model).items()
     return {name: p for name, p in tensors if isinstance(p, nn.Parameter) and p.requires_grad}
 
@@ -125,6 +141,9 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Inside an injected root these are the adapter's tensors and the running statistics of normalisation layers, which
     move although nothing trains there (unless they have been frozen); outside it (a LightningModule around a network),
     everything but frozen parameters.
+
+    Args:
+        model: An injected model, or a LightningModule around one.
 
     Raises:
         AdapterError: If the model has no adapter.

@@ -23,6 +23,7 @@ from torch import nn
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import did_you_mean
 from lora_lightning.injection.matching import matches
+from lora_lightning.layers.base import COMPUTED_IN
 from lora_lightning.layers.hazards import why_not
 from lora_lightning.layers.tokens import TokenEmbedding, TokenLinear
 
@@ -120,7 +121,7 @@ def _hindrances(target: TokenTarget, taken: Collection[int]) -> list[str]:
             continue  # they do already
         if id(layer) in taken:
             problems.append(f"{what}it is adapted (target_modules) or trained in full (modules_to_save) as a whole")
-        elif not isinstance(layer, (nn.Embedding, nn.Linear)) or weight is None or not weight.is_floating_point():
+        elif not isinstance(layer, (nn.Embedding, nn.Linear)) or weight is None or weight.dtype not in COMPUTED_IN:
             problems.append(f"{what}it is a {type(layer).__name__}, and an embedding or a linear head is wanted")
         elif (reason := why_not(layer)) is not None:
             problems.append(what + reason)

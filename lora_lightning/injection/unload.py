@@ -22,6 +22,7 @@ from lora_lightning.injection.state import (
     injected_roots,
     lora_layers,
     record_of,
+    refuse_disabled,
     swap,
     the_root,
     trained_in_full,
@@ -36,6 +37,9 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
     """The base model's outputs inside the ``with`` block; adapters and modules trained in full as before after it.
 
     Useful as a reference model without a second copy. Nothing may be trained inside the block.
+
+    Args:
+        model: An injected model, or a LightningModule around one.
 
     Raises:
         AdapterError: If the model has no adapter.
@@ -68,11 +72,16 @@ def unload_lora(model: nn.Module) -> None:
 
     Modules trained in full, and running statistics, get the values back that they had at injection.
 
+    Args:
+        model: An injected model, or a LightningModule around one.
+
     Raises:
-        AdapterError: If the model has no adapter, or a layer's class was changed since; nothing is changed then.
+        AdapterError: If the model has no adapter, it is switched off (:func:`lora_disabled`), or a layer's class was
+            changed since; nothing is changed then.
     """
     if not injected_roots(model):
         the_root(model)  # raises, with what to do
+    refuse_disabled(model)
     trained = [(module, originals) for _, module, originals in trained_in_full(model)]
     moved = [
         (value, record_of(root).statistics[name])

@@ -20,6 +20,10 @@ else:
     _Module = object
 
 
+COMPUTED_IN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of weights that are numbers as they stand; what is kept in fewer bits goes with scales."""
+
+
 class LoraLayer(_Module):
     """Mixin of every adapted layer: a layer that kept its identity and got ``lora_A`` and ``lora_B`` of its own.
 
@@ -136,7 +140,13 @@ class LoraLayer(_Module):
 
     def lora_unmergeable(self) -> str | None:
         """Why the adapter cannot be folded into the base, said of the layer; None where it can."""
-        return None
+        kept = self.lora_weight_of(self).dtype
+        if kept in COMPUTED_IN:
+            return None
+        return (
+            f"keeps its weight in {kept}, and only its class knows which numbers that stands for: keep the adapter "
+            "beside the base, or merge it into the base of full precision"
+        )
 
     def lora_delta_of(self, name: str) -> Tensor:
         """What merging adds to a tensor of :attr:`lora_folds` (``weight`` goes through :meth:`lora_merged`)."""

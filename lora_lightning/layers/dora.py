@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from typing_extensions import Self
 
-from lora_lightning.layers.base import LoraLayer, input_of
+from lora_lightning.layers.base import COMPUTED_IN, LoraLayer, input_of
 from lora_lightning.layers.dora_functional import Scaled, dora_linears, ratio
 from lora_lightning.layers.dora_norm import adapted_norms, beside, forget, remembered
 from lora_lightning.layers.embedding import LoraOverEmbedding
@@ -49,7 +49,7 @@ class DoraLayer(LoraLayer):
                 "DoRA needs the norms of its weight, which DeepSpeed has split (ZeRO-3): build the model without "
                 "zero.Init, or use ZeRO-2"
             )
-        if not weight.is_floating_point() or sorted(weight.shape) != sorted(cls.lora_sides(layer)):
+        if weight.dtype not in COMPUTED_IN or sorted(weight.shape) != sorted(cls.lora_sides(layer)):
             return (
                 f"DoRA needs the norms of its weight, which is stored as {type(weight).__name__} of "
                 f"{weight.dtype}, {tuple(weight.shape)}: use_dora=False for a quantised base, and inject before FSDP "

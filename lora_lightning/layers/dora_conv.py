@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.layers.base import COMPUTED_IN
 from lora_lightning.layers.conv import LoraConv, LoraOverConv, grouped
 from lora_lightning.layers.dora import DoraLayer
 from lora_lightning.layers.dora_functional import ratio
@@ -31,7 +32,7 @@ class DoraOverConv(DoraLayer, LoraOverConv):
         """DoRA needs the norms of the weight, so all of it has to be there, as numbers."""
         conv = cast("nn.Conv2d", layer)
         shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
-        if not conv.weight.is_floating_point() or tuple(conv.weight.shape) != shape:
+        if conv.weight.dtype not in COMPUTED_IN or tuple(conv.weight.shape) != shape:
             return (
                 f"DoRA needs the norms of its weight, which is stored as {tuple(conv.weight.shape)} of "
                 f"{conv.weight.dtype} where {shape} is meant: use_dora=False, or inject before anything splits a weight"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lora_lightning.errors import LoraConfigError
-from lora_lightning.layers.base import LoraLayer, adapter_dtype
+from lora_lightning.layers.base import COMPUTED_IN, LoraLayer, adapter_dtype
 from lora_lightning.layers.hazards import detached_hook, why_not
 from lora_lightning.layers.holder import Showing, hold, let_go
 
@@ -148,7 +148,7 @@ def why_not_parameter(holder: nn.Module, name: str) -> str | None:
     shape = tuple(getattr(weight, "ds_shape", weight.shape))
     if len(shape) not in (2, 3):
         return f"its shape is {shape}; parameters of two and of three dimensions can be"
-    if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    if weight.dtype not in COMPUTED_IN:
         return f"its dtype is {weight.dtype}: load the model in bfloat16, or another dtype that is computed in"
     if isinstance(holder, LoraLayer):
         return "its layer is adapted already: name the layer in target_modules or the parameter here, not both"

@@ -75,6 +75,10 @@ class LoraQuantised(LoraOverLinear):
 
     # ---- merging: as numbers the weight is made for the moment, and in few bits again afterwards
 
+    def lora_unmergeable(self) -> str | None:
+        """Bits that are known here can be made anew."""
+        return super().lora_unmergeable() if bits_of(self) is None else None
+
     def lora_base_value(self, name: str) -> Tensor:
         """The weight as numbers, ``(out, in)``; other tensors as they are."""
         bits = bits_of(self) if name == "weight" else None

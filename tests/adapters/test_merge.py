@@ -12,7 +12,18 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lora_lightning import AdapterError, LoraConfig, MergeReport, inject_lora, lora_parameters, merge_lora, unload_lora
+from lora_lightning import (
+    AdapterError,
+    LoraConfig,
+    LoraConfigError,
+    MergeReport,
+    inject_lora,
+    lora_disabled,
+    lora_parameters,
+    merge_lora,
+    save_adapter,
+    unload_lora,
+)
 from lora_lightning.injection.state import injected_roots, lora_layers
 from lora_lightning.layers import LoraLayer
 
@@ -277,6 +288,51 @@ def test_the_report_is_a_line_for_people(llama, tokens):
     assert {name: module.training for name, module in llama.named_modules()} == modes
     assert str(report).startswith("14 weights merged, moved by up to ")
     assert "outputs differ by at most" in str(report)
+
+
+class Scales(nn.Linear):
+    """A linear layer of a library that is not known here: numbers in 8 bits, and a scale."""
+
+    def __init__(self, plain, dtype):
+        super().__init__(plain.in_features, plain.out_features)
+        self.scale = plain.weight.detach().abs().max() / 100
+        self.weight = nn.Parameter((plain.weight.detach() / self.scale).round().to(dtype), requires_grad=False)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_numbers_that_only_their_class_knows_are_left_alone(dtype):
+    plain = nn.Sequential(Scales(nn.Linear(16, 16), dtype), nn.Linear(16, 4))
+    model = adapted(copy.deepcopy(plain))
+    x = torch.randn(3, 16)
+    wanted, before = model(x), [type(part) for part in plain.modules()]
+    with pytest.raises(AdapterError, match=rf"0 keeps its weight in {dtype}, and only its class knows"):
+        merge_lora(model)
+    torch.testing.assert_close(model(x), wanted, rtol=0, atol=0)
+    for more in ({"use_dora": True}, {"init_lora_weights": "pissa"}):
+        with pytest.raises(LoraConfigError, match=f"stored as Parameter of {dtype}"):
+            inject_lora(plain, LoraConfig(r=2, **more))
+        assert [type(part) for part in plain.modules()] == before
+        assert not [name for name, _ in plain.named_parameters() if "lora" in name]
+
+
+@pytest.mark.parametrize("fields", [{"init_lora_weights": "pissa"}, {"modules_to_save": ["3"]}])
+def test_a_switched_off_adapter_is_neither_merged_nor_taken_off_nor_saved(fields, tmp_path):
+    """The base's values are shown then, and would be taken for trained ones."""
+    model = adapted(small(), target_modules=["1"], **fields)
+    with torch.no_grad():
+        for parameter in lora_parameters(model).values():
+            parameter.add_(0.1)
+    tokens = torch.arange(5)
+    wanted, before = model(tokens), state_of(model)
+    for act in (merge_lora, unload_lora, lambda model: save_adapter(model, tmp_path / "adapter")):
+        with lora_disabled(model), pytest.raises(AdapterError, match="leave the with block of lora_disabled"):
+            act(model)
+    assert same(model, before)
+    assert torch.equal(model(tokens), wanted)
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_inputs_that_the_model_refuses_change_nothing(llama, tokens):

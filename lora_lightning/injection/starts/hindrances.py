@@ -14,6 +14,7 @@ from lora_lightning.config_starts import DATA_DRIVEN, changes_base, start_of
 from lora_lightning.errors import LoraConfigError
 from lora_lightning.injection.names import canonical_modules
 from lora_lightning.layers import LoraLayer, is_linear, is_quantised
+from lora_lightning.layers.base import COMPUTED_IN
 
 _OF_WEIGHTS = ("pissa", "olora", "mica", "loftq", "corda", "lora_ga")
 _MOST = 6  # lines of a message
@@ -73,7 +74,7 @@ def _why_not(layer: nn.Module, r: int, start: str) -> str | None:
     weight: Any = layer.weight
     if hasattr(weight, "ds_id"):
         return "its weight is split by DeepSpeed (ZeRO-3): build the model without zero.Init, or use ZeRO-2"
-    if is_quantised(layer) or not weight.is_floating_point() or weight.dim() != 2:
+    if is_quantised(layer) or weight.dtype not in COMPUTED_IN or weight.dim() != 2:
         return (
             f"its weight is stored as {type(weight).__name__} of {weight.dtype}, {tuple(weight.shape)}: this start "
             "takes part of the weight itself, so it needs a base that is not quantised, and injection before FSDP"
