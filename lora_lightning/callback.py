@@ -353,7 +353,11 @@ class LoraCallback(pl.Callback):
                 rank_zero_info(f"The last good adapter: {self._write_adapter(trainer, pl_module, folder, state)}")
 
     def checkpoint_entry(self, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """What a checkpoint says of this adapter."""
+        """What a checkpoint says of this adapter.
+
+        Args:
+            pl_module: The module that is trained.
+        """
         if self._entry is None:
             self._entry = checkpoint_entry(pl_module, self.module)
         return self._entry

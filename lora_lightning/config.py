@@ -147,6 +147,12 @@ class LoraConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> LoraConfig:
         """Build a config from a mapping (a dict, a Hydra group), refusing keys that are not fields.
 
+        Args:
+            values: Fields and their values; what is left out has its default.
+
+        Returns:
+            The config.
+
         Raises:
             LoraConfigError: With every unknown key, its nearest field, and every wrong value.
         """
@@ -167,7 +173,12 @@ class LoraConfig:
         return asdict(self)
 
     def scaling(self, r: int | None = None, lora_alpha: float | None = None) -> float:
-        """The scale ``s`` of the update for a rank and an alpha (default: this config's own)."""
+        """The scale ``s`` of the update.
+
+        Args:
+            r: A rank; None is this config's.
+            lora_alpha: An alpha; None is this config's.
+        """
         r = self.r if r is None else r
         lora_alpha = self.lora_alpha if lora_alpha is None else lora_alpha
         return lora_alpha / (math.sqrt(r) if self.use_rslora else r)
@@ -185,7 +196,11 @@ class LoraConfig:
         return bool(self.target_parameters or self.trainable_token_indices)
 
     def difference(self, other: LoraConfig) -> list[str]:
-        """The fields in which two configs differ, as ``'r: 8 here, 16 there'``."""
+        """The fields in which two configs differ, as ``'r: 8 here, 16 there'``.
+
+        Args:
+            other: The config that is there.
+        """
         mine, theirs = self.to_dict(), other.to_dict()
         return [f"{key}: {mine[key]!r} here, {theirs[key]!r} there" for key in mine if mine[key] != theirs[key]]
 

@@ -134,7 +134,11 @@ class SaveOnSignal(pl.Callback):
             signal.signal(number, self._note)
 
     def note(self, number: int) -> None:
-        """Take note of a signal that somebody else has got: in a thread of its own, a fit gets none."""
+        """Take note of a signal that somebody else has got: in a thread of its own, a fit gets none.
+
+        Args:
+            number: Of the signal, as in ``signal.SIGTERM``.
+        """
         self._noted = self._noted or number
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -166,7 +166,16 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trainable:
 
 
 def read_config(model: nn.Module, folder: str | os.PathLike[str]) -> LoraConfig:
-    """The LoRA config of an adapter folder (or one on the Hub), as it applies to a model."""
+    """The LoRA config of an adapter folder, as it applies to a model.
+
+    Args:
+        model: The base model, or a LightningModule around it.
+        folder: An adapter folder, ours or PEFT's, or one on the Hub.
+
+    Raises:
+        AdapterError: If it is none.
+        LoraConfigError: If it asks for what is not known here.
+    """
     folder = adapter_folder(folder)
     _, root = find_root(unwrap(model))
     return from_peft_config(read_peft_config(folder), root, str(folder / CONFIG_FILE))
@@ -196,7 +205,11 @@ def check_folder(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What ``lora_lightning.json`` says; empty for a folder that PEFT wrote."""
+    """What ``lora_lightning.json`` says; empty for a folder that PEFT wrote.
+
+    Args:
+        folder: An adapter folder, or one on the Hub.
+    """
     path = adapter_folder(folder) / RECORD_FILE
     return _read_json(path) if path.is_file() else {}
 

@@ -31,6 +31,9 @@ def adapter_folder(place: str | os.PathLike[str]) -> Path:
     an adapter on the Hub, of which the files that are read here are downloaded once; without a network those that are
     in the Hub's cache are taken (``HF_HUB_OFFLINE=1`` asks for nothing else). Safe to call from several processes.
 
+    Args:
+        place: A folder, or a name on the Hub.
+
     Raises:
         AdapterError: If it is on the Hub's terms a name, and cannot be had.
     """

@@ -92,13 +92,25 @@ class Adapters:
         return f"{type(self).__name__}({', '.join(listed)})"
 
     def config(self, name: str) -> LoraConfig:
-        """The config of one."""
+        """The config of one.
+
+        Args:
+            name: What it is called here.
+        """
         return self._get(name).config
 
     # ---- coming and going
 
     def add(self, name: str, config: LoraConfig | Mapping[str, object], *, seed: int | None = None) -> LoraReport:
         """Make a fresh adapter and let it train, alone in the model.
+
+        Args:
+            name: What to call it.
+            config: A :class:`LoraConfig`, or a mapping of its fields.
+            seed: Seed of its first values; None takes ``PL_GLOBAL_SEED``, else 0.
+
+        Returns:
+            What was adapted.
 
         Raises:
             LoraConfigError: If the config does not fit; all is as it was then.
@@ -119,6 +131,9 @@ class Adapters:
             folder: The folder.
             room: Fill its ranks up with zeros to this one, so that adapters of up to that rank can be swapped in.
 
+        Returns:
+            What was adapted.
+
         Raises:
             AdapterError: If it does not fit; all is as it was then.
         """
@@ -133,6 +148,9 @@ class Adapters:
 
     def load_all(self, folder: str | os.PathLike[str]) -> tuple[str, ...]:
         """Read what :meth:`save` (or PEFT) wrote: ``"default"`` from the folder itself, others from folders in it.
+
+        Args:
+            folder: The folder.
 
         Returns:
             Their names.
@@ -182,7 +200,11 @@ class Adapters:
         return written
 
     def delete(self, name: str) -> None:
-        """Let an adapter go; where it was one of those in the model, the others stay."""
+        """Let an adapter go; where it was one of those in the model, the others stay.
+
+        Args:
+            name: What it is called here.
+        """
         self._get(name)
         if name in self.active:
             self._place.change(tuple(other for other in self.active if other != name))
@@ -193,6 +215,9 @@ class Adapters:
     def set(self, *names: str) -> None:
         """Have these adapters in the model, frozen: one, or the sum of several; with no name none.
 
+        Args:
+            *names: What they are called here.
+
         Raises:
             AdapterError: If there is no such adapter, or their sum is no adapter (DoRA, two trained heads).
         """
@@ -201,7 +226,11 @@ class Adapters:
         self._place.change(names)
 
     def train(self, name: str) -> None:
-        """Have one adapter in the model and let it train: its parameters are those of :func:`lora_parameters`."""
+        """Have one adapter in the model and let it train: its parameters are those of :func:`lora_parameters`.
+
+        Args:
+            name: What it is called here.
+        """
         self._get(name)
         self._place.change((name,), trains=True)
 
@@ -237,6 +266,10 @@ class Adapters:
 
         The adapter keeps its layers, ranks, scales and dropout: smaller ranks are filled up with zeros, layers that the
         folder has not do nothing, and another scale goes into ``B``. ``load(…, room=r)`` makes room for larger ranks.
+
+        Args:
+            name: Whose tensors get other values.
+            folder: An adapter folder, ours or PEFT's, or one on the Hub.
 
         Raises:
             AdapterError: If it does not fit; nothing is changed then.

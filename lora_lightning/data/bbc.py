@@ -110,6 +110,9 @@ class BBCHeadlines(ChatDataModule):
         val_rows: Stories for validation.
         train_rows: Stories for training at most; None takes all.
         **options: Those of :class:`~lora_lightning.data.module.ChatDataModule`.
+
+    Raises:
+        LoraConfigError: If a number is too small.
     """
 
     def __init__(

@@ -11,14 +11,18 @@ from lora_lightning.data.stream import RowStream
 
 @dataclass(frozen=True)
 class SamplePrompt:
-    """A fixed prompt that a model answers before, during and after training, so that people see it learn."""
+    """A fixed prompt that a model answers before, during and after training, so that people see it learn.
+
+    Attributes:
+        prompt: What the model is fed: rendered, special tokens and generation prompt included (add none when
+            tokenising).
+        shown: The same in short, for people.
+        reference: The right answer.
+    """
 
     prompt: str
-    """What the model is fed: rendered, special tokens and generation prompt included (add none when tokenising)."""
     shown: str
-    """The same in short, for people."""
     reference: str | None = None
-    """The right answer."""
 
 
 @dataclass

@@ -103,10 +103,21 @@ class DataModule(LightningDataModule):
 
     @abstractmethod
     def load(self, tokenizer: PreTrainedTokenizerBase) -> Loaded:
-        """Reads, splits and tokenises the rows; called once, on every rank."""
+        """Reads, splits and tokenises the rows; called once, on every rank.
+
+        Args:
+            tokenizer: That of the model.
+        """
 
     def prepare_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        """Makes a tokenizer what the rows need; returns notes for people."""
+        """Makes a tokenizer what the rows need.
+
+        Args:
+            tokenizer: That of the model, changed in place.
+
+        Returns:
+            Notes for people.
+        """
         return []
 
     def content(self) -> object:
@@ -202,7 +213,11 @@ class DataModule(LightningDataModule):
         return summary(self.loaded.tallies, notes, *self.preview(self.loaded.shown))
 
     def preview(self, example: Example) -> tuple[RenderableType, str]:
-        """How an example is shown, and the title over it."""
+        """How an example is shown, and the title over it.
+
+        Args:
+            example: ``input_ids`` and ``labels``, (T,) each.
+        """
         return marked(example, self._find_tokenizer()), "One training example; trained is what stands between ⟦ and ⟧"
 
     @property

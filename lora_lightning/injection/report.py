@@ -52,7 +52,11 @@ class LoraReport:
         return self.trainable_parameters / max(self.total_parameters, 1)
 
     def facts(self, prefix: str = "") -> dict[str, Any]:
-        """The report in a few numbers, for loggers: counts, share, ranks and scales, under ``lora/<prefix>``."""
+        """The report in a few numbers, for loggers: counts, share, ranks and scales.
+
+        Args:
+            prefix: Stands between ``lora/`` and the name of each.
+        """
         adapted = [row for row in self.rows if row.r]
         return {
             f"lora/{prefix}layers": len(adapted),
@@ -104,7 +108,11 @@ class LoraReport:
         return self.table(self.line())
 
     def table(self, title: str) -> Any:
-        """A rich table with a line for all layers that are alike."""
+        """A rich table with a line for all layers that are alike.
+
+        Args:
+            title: Stands over it.
+        """
         from rich.table import Table
 
         table = Table(title=title, title_justify="left")

@@ -80,6 +80,9 @@ def precondition(model: nn.Module, optimizer: _O, reg: float = 1e-2) -> _O:
             this.
         reg: The damping ``δ``.
 
+    Returns:
+        The optimizer.
+
     Raises:
         LoraConfigError: As :func:`riemannian`.
     """

@@ -65,7 +65,8 @@ def causal_lm_loss(
         model: A causal language model of transformers, wrapped or not; or any module that returns logits.
         batch: ``input_ids`` and ``labels``, (B, T), and whatever else the model's forward takes; ``labels[b, t]`` is
             the label of token t itself, predicted from the tokens before it, -100 where it is not trained.
-        num_items_in_batch: What the mean divides by instead of the number of labels: that of all accumulated batches.
+        num_items_in_batch: What the mean divides by instead of the number of labels: that of all accumulated batches,
+            a number or a tensor of one, ().
         label_smoothing: This share of each target is spread evenly over the vocabulary.
 
     Raises:

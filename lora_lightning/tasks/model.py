@@ -38,6 +38,12 @@ AUTO_CLASSES = {"causal_lm": AutoModelForCausalLM, "sequence_classification": Au
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model, with its chat template overridden if asked for, and a padding token.
 
+    Args:
+        config: Which model, and how.
+
+    Returns:
+        The tokenizer, which has a padding token.
+
     Raises:
         LoraConfigError: The model, its tokenizer or the file of the chat template cannot be had.
     """

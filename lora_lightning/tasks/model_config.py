@@ -63,6 +63,9 @@ class ModelConfig:
     def of(cls, value: str | Mapping[str, Any] | ModelConfig) -> ModelConfig:
         """Understand a name, a mapping (a dict, a Hydra group) or a config that is one already.
 
+        Args:
+            value: A model's name, or a mapping with at least ``name`` in it.
+
         Raises:
             LoraConfigError: With every unknown key, its nearest field, and every wrong value.
         """
