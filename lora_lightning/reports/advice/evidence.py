@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from statistics import fmean
+from statistics import median
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -136,10 +136,10 @@ def evidence_of(folder: str | os.PathLike[str], result: Mapping[str, Any] | None
 
 
 def thirds(points: Points) -> tuple[float, float] | None:
-    """The mean of the first and of the last third of a curve, or None where it has too few points for that."""
+    """The medians of the first and of the last third of a curve, or None where it has too few points for that."""
     values = [value for _, value in points if math.isfinite(value)]
     third = len(values) // 3
-    return (fmean(values[:third]), fmean(values[-third:])) if third >= 2 else None
+    return (median(values[:third]), median(values[-third:])) if third >= 2 else None
 
 
 def _json(path: Path) -> dict[str, Any]:

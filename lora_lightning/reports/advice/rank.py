@@ -99,14 +99,12 @@ def _alpha(evidence: Evidence, r: int) -> float:
 
 
 def _pattern(evidence: Evidence, ranks: dict[str, int]) -> str:
-    """Overrides for other ranks in some layers, at the scale that they have."""
-    told = []
-    for name, mine in (("rank", ranks), ("alpha", {kind: _alpha(evidence, rank) for kind, rank in ranks.items()})):
-        pattern: dict[str, float] = mine | {
-            key: value for key, value in (evidence.lora.get(f"{name}_pattern") or {}).items() if key not in mine
-        }
-        told.append(f"'lora.{name}_pattern={{{','.join(f'{key}:{value:g}' for key, value in pattern.items())}}}'")
-    return " ".join(told)
+    """Overrides for other ranks in some layers, at the scale that they have; patterns that are there stay."""
+    alphas = {kind: _alpha(evidence, rank) for kind, rank in ranks.items()}
+    return " ".join(
+        f"'+lora.{name}_pattern={{{','.join(f'{kind}:{value:g}' for kind, value in pattern.items())}}}'"
+        for name, pattern in (("rank", ranks), ("alpha", alphas))
+    )
 
 
 def _is_full(row: InsightRow) -> bool:
