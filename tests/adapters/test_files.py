@@ -217,9 +217,9 @@ for fails in (None, 0, 1):
 """
 
 
-def test_processes_write_one_folder_and_fail_together(tmp_path):
+def test_processes_write_one_folder_and_fail_together(tmp_path, warm_python):
     processes = [
-        subprocess.Popen([sys.executable, "-c", PROCESSES, str(rank), tmp_path], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([warm_python, "-c", PROCESSES, str(rank), tmp_path], stdout=subprocess.PIPE, text=True)
         for rank in (0, 1)
     ]
     for process in processes:
@@ -251,9 +251,9 @@ dist.destroy_process_group()
 """
 
 
-def test_an_exception_of_any_kind_in_the_first_process_is_one_in_all(tmp_path):
+def test_an_exception_of_any_kind_in_the_first_process_is_one_in_all(tmp_path, warm_python):
     processes = [
-        subprocess.Popen([sys.executable, "-c", ANY_KIND, str(rank), tmp_path], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([warm_python, "-c", ANY_KIND, str(rank), tmp_path], stdout=subprocess.PIPE, text=True)
         for rank in (0, 1)
     ]
     said = [process.communicate(timeout=500)[0] for process in processes]

@@ -9,6 +9,8 @@ import pytest
 from lora_lightning import AdapterError, LoraCallback, LoraConfig
 from lora_lightning.adapters.files import damage_of
 
+pytestmark = pytest.mark.usefixtures("warm_starts")
+
 FULL = """
 import os, resource, sys
 import lightning.pytorch as pl, torch

@@ -20,14 +20,19 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture(scope="session")
 def command(tmp_path_factory) -> Run:
-    """Runs Python with arguments in an empty folder, as a user would, with one thread and no network."""
+    """Runs Python with arguments in an empty folder, as a user would, with one thread and no network.
+
+    ``python=warm_python`` starts it with torch, Lightning and transformers imported.
+    """
     home = tmp_path_factory.mktemp("somewhere")
 
-    def run(*arguments: str | Path, cwd: Path = home, timeout: float = 500, **environment: str):
+    def run(
+        *arguments: str | Path, cwd: Path = home, timeout: float = 500, python: str | None = None, **environment: str
+    ):
         clean = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "PL_", "PYTEST"))}
         settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
         return subprocess.run(
-            [sys.executable, *map(str, arguments)],
+            [python or sys.executable, *map(str, arguments)],
             cwd=cwd,
             env=clean | settings | environment,
             capture_output=True,
@@ -67,7 +72,7 @@ def call(monkeypatch, capsys) -> Callable[..., Called]:
 
 
 @pytest.fixture(scope="session")
-def smoke(command, tmp_path_factory) -> tuple[Path, str]:
+def smoke(command, warm_python, tmp_path_factory) -> tuple[Path, str]:
     """Folder and screen of `scripts/train.py experiment=smoke lora.r=64 lora.use_rslora=true`, run once for all."""
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a folder of its own in a common one
@@ -82,6 +87,7 @@ def smoke(command, tmp_path_factory) -> tuple[Path, str]:
                 "lora.use_rslora=true",
                 "logger=wandb",
                 f"hydra.run.dir={folder}",
+                python=warm_python,
                 WANDB_MODE="offline",
                 WANDB_DIR=str(folder.parent),
                 WANDB_CACHE_DIR=str(folder.parent / "cache"),

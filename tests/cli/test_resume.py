@@ -15,6 +15,8 @@ from lora_lightning.cli.run_folder import checkpoint_in
 from lora_lightning.cli.train import main
 from lora_lightning.errors import LoraConfigError
 
+pytestmark = pytest.mark.usefixtures("warm_starts")
+
 TRAIN = Path(lora_lightning.__file__).parents[1] / "scripts" / "train.py"
 FAST = ("experiment=smoke", "trainer.max_steps=5", "trainer.val_check_interval=2", "callbacks=minimal")
 SIGNALLER = """

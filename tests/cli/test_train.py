@@ -164,8 +164,9 @@ def test_a_mistake_is_told_before_torch_is_imported(command):
     assert command("-c", code).stdout.strip() == "[]"
 
 
-def test_a_multirun_gives_each_job_its_folder(command, tmp_path):
-    done = command(TRAIN, "-m", *FAST, "lora.r=2,4", f"hydra.sweep.dir={tmp_path}/sweep")
+def test_a_multirun_gives_each_job_its_folder(command, warm_python, tmp_path):
+    words = ["-m", *FAST, "lora.r=2,4", f"hydra.sweep.dir={tmp_path}/sweep"]
+    done = command(TRAIN, *words, python=warm_python)
     assert done.returncode == 0, done.stderr
     configs = [tmp_path / "sweep" / job / "adapter" / "adapter_config.json" for job in ("0", "1")]
     assert [json.loads(config.read_text())["r"] for config in configs] == [2, 4]
@@ -179,13 +180,13 @@ def test_the_metric_for_sweepers_is_returned():
 
 
 @pytest.mark.parametrize("entry", [pytest.param("script", marks=pytest.mark.slow), "console"])
-def test_two_processes_share_a_run(command, tmp_path, entry):
+def test_two_processes_share_a_run(command, warm_python, tmp_path, entry):
     """Both ways in: Lightning starts the second process from sys.argv."""
     folder = tmp_path / "run"
     console = "import sys; from lora_lightning.cli.main import main; sys.argv[0] = 'lora-lightning'; main()"
     program = [TRAIN] if entry == "script" else ["-c", console, "train"]
     settings = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", f"hydra.run.dir={folder}"]
-    done = command(*program, *FAST, *settings)
+    done = command(*program, *FAST, *settings, python=warm_python)
     assert done.returncode == 0, done.stderr
     result = result_of(folder)
     assert (result["status"], result["steps"]) == ("finished", 4)

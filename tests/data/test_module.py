@@ -12,6 +12,8 @@ from lora_lightning.data.preview import marked
 from lora_lightning.errors import LoraConfigError
 from tests.data.test_resume import Recorder
 
+pytestmark = pytest.mark.usefixtures("warm_starts")
+
 
 def test_a_tokenizer_is_taken_from_the_lightning_module(tokenizer, numbered, tmp_path):
     data = TextData(str(numbered(20)))

@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lora_lightning.reports import SampleWriter
 from lora_lightning.reports.texts import printable
+
+pytestmark = pytest.mark.usefixtures("warm_starts")
 
 
 def headings(path):

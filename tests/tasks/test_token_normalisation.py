@@ -12,6 +12,8 @@ from torch.nn import functional
 
 from lora_lightning.tasks import CausalLM
 
+pytestmark = pytest.mark.usefixtures("warm_starts")
+
 SGD = partial(torch.optim.SGD, lr=0.5)
 ROOT = Path(__file__).parents[2]
 
