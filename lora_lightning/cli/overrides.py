@@ -248,15 +248,15 @@ def _corrected(argv: Sequence[str], problems: list[Problem], command: str | None
     if any(correction is None for correction in corrections.values()):
         return None
     words = [corrections.get(word) or word for word in argv[1:]]
-    return " ".join([command or _program(argv[0]), *(shlex.quote(word) for word in words)])
+    return " ".join([command or program(argv[0]), *(shlex.quote(word) for word in words)])
 
 
-def _program(path: str) -> str:
+def program(path: str) -> str:
     """How a script is called from where one stands.
 
-    >>> _program("scripts/train.py")
+    >>> program("scripts/train.py")
     'python scripts/train.py'
-    >>> _program(__file__)
+    >>> program(__file__)
     'python -m lora_lightning.cli.overrides'
     """
     package = Path(__file__).parents[1]

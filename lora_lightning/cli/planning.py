@@ -61,18 +61,19 @@ def setting_of(cfg: DictConfig) -> Setting:
     Raises:
         LoraConfigError: With everything that is wrong, at once.
     """
+    asked = cfg.get("plan") or {}  # the settings of train have none
     problems: list[str] = []
     found: dict[str, Any] = {}
     for reading in (_model, _lora, _task, _trainer, _data):
         with _collected(problems):
             found |= reading(cfg)
     with _collected(problems):
-        found["memory"] = bytes_of(cfg.plan.memory)
+        found["memory"] = bytes_of(asked.get("memory"))
     if problems:
         raise LoraConfigError(
             problems[0] if len(problems) == 1 else _BULLET.join(["This cannot be planned:", *problems])
         )
-    return Setting(**found, scored=cfg.plan.scored, optimizer_bytes=_optimizer_bytes(cfg))
+    return Setting(**found, scored=asked.get("scored", 1.0), optimizer_bytes=_optimizer_bytes(cfg))
 
 
 def _planned(cfg: DictConfig) -> Plan:

@@ -18,6 +18,7 @@ from lora_lightning.cli import run_folder
 from lora_lightning.cli.build import Parts, make_callbacks, make_loggers, make_parts, make_trainer, prepare, resolved
 from lora_lightning.cli.ended import ended_by
 from lora_lightning.cli.in_sweep import as_job, hush, job_callbacks, reports_wanted
+from lora_lightning.cli.out_of_memory import remedied
 from lora_lightning.cli.progress import Announcement
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import LoraConfigError, did_you_mean
@@ -69,7 +70,8 @@ def train(
         callbacks += [each for each in (recorder, announcement, *about) if each not in callbacks]
         trainer = make_trainer(cfg, callbacks, make_loggers(cfg))
         trackers.log_config(trainer.loggers, resolved(cfg))
-        _fit(cfg, trainer, parts, announcement, checkpoint)
+        with remedied(cfg, overrides):
+            _fit(cfg, trainer, parts, announcement, checkpoint)
         status = "finished"
     finally:
         # Lightning turns an interrupt into SystemExit; the recorder has seen what it was.

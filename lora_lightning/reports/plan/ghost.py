@@ -124,8 +124,8 @@ def _unbuilt(model: ModelConfig, error: Exception) -> str:
     if files:
         size = sum(path.stat().st_size for path in files)
         known = (
-            f"its {len(files)} files of weights are {size / 1e9:.2f} GB, which is what the base takes on a device as it is "
-            "stored; an adapter's size needs the shapes of the layers"
+            f"its {len(files)} files of weights are {size / 1e9:.2f} GB, which the base takes on a device; "
+            "an adapter's size needs the shapes of the layers"
         )
     return (
         f"The model {model.name!r} cannot be built without its weights, and so not be planned for "

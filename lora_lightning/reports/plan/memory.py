@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -83,11 +84,16 @@ def usable(available: int, setting: Setting) -> float:
     return available * (1 - LEFT_FREE) - libraries
 
 
-def largest_batch(held: Held, cost: StepCost, room: float, *, dequantised: float = 0.0) -> int:
-    """The most rows of a batch that fit into so many bytes; 0 where one does not."""
+def largest_batch(with_rows: Callable[[int], Memory], room: float) -> int:
+    """The most rows of a batch that fit into so many bytes; 0 where one does not.
+
+    Args:
+        with_rows: The memory of a training with so many rows.
+        room: The bytes.
+    """
 
     def fits(rows: int) -> bool:
-        return memory(held, cost, rows, dequantised=dequantised).total <= room
+        return with_rows(rows).total <= room
 
     low, high = 0, 1
     while high <= _MOST_ROWS and fits(high):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ from lora_lightning.reports.plan.ghost import Ghost, narrowed, own_config
 from lora_lightning.reports.plan.memory import Memory
 from lora_lightning.reports.plan.pace import calibrate
 from lora_lightning.reports.plan.setting import TASKS, Setting
-from lora_lightning.reports.plan.spread import Held, dequantised, held
+from lora_lightning.reports.plan.spread import dequantised, held
 from lora_lightning.reports.plan.step import StepCost, step_cost
 from lora_lightning.strategies.chosen import balanced
 from lora_lightning.tasks.head import root_of
@@ -44,6 +45,10 @@ class Kind(NamedTuple):
     scaling: float
     parameters: int
     """Of the adapter where the layers are adapted (or trained in full), else of the layers."""
+
+
+def _nothing(rows: int) -> Memory:
+    raise LoraConfigError("this plan does not know its batch")
 
 
 @dataclass(frozen=True)
@@ -75,8 +80,8 @@ class Plan:
     flops_per_token: float | None = None
     seconds_per_1000_steps: float | None = None
     notes: list[str] = field(default_factory=list)
-    held: Held | None = None
-    cost: StepCost | None = None
+    with_rows: Callable[[int], Memory] = field(default=_nothing, repr=False, compare=False)
+    """The memory of the same training with so many rows in a batch."""
 
     @property
     def fits(self) -> bool | None:
@@ -154,13 +159,13 @@ def plan_of(setting: Setting, *, calibration: bool = True) -> Plan:
     kept = held(ghost.model, setting)
     moment = dequantised(ghost.model, setting)
     cost = _cost(setting, config, ghost, there, notes)
-    weight = budget.memory(kept, cost, setting.rows, dequantised=moment)
+    with_rows = partial(budget.memory, kept, cost, dequantised=moment)
     largest = seconds = flops = None
     if cost is not None:
         step = cost.of(setting.rows)
         flops = step.flops / (setting.rows * setting.tokens)
         if there is not None:
-            largest = budget.largest_batch(kept, cost, budget.usable(there, setting), dequantised=moment)
+            largest = budget.largest_batch(with_rows, budget.usable(there, setting))
         if calibration and (setting.device == "cpu" or torch.cuda.is_available()):
             dtype = torch.bfloat16 if setting.precision == "bf16-mixed" else ghost.dtype
             pace = calibrate(_sides(root), setting.rows * setting.tokens, dtype, setting.device)
@@ -173,14 +178,13 @@ def plan_of(setting: Setting, *, calibration: bool = True) -> Plan:
         adapted=_by_kind(report),
         left_out=_left_out(root),
         file_bytes=file_bytes(keys),
-        memory=weight,
+        memory=with_rows(setting.rows),
         available=there,
         largest_batch=largest,
         flops_per_token=flops,
         seconds_per_1000_steps=seconds,
         notes=notes,
-        held=kept,
-        cost=cost,
+        with_rows=with_rows,
     )
 
 
