@@ -275,6 +275,32 @@ def test_a_state_put_back_over_the_same_base_gives_the_same_model_to_the_bit(how
     assert not any("weight" in name for name in state)
 
 
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("how", ["pissa", "olora"])
+def test_a_whole_state_loaded_over_another_base_brings_its_own(how, dora, shake):
+    """As PyTorch loads a model: built anew with whatever values, and then filled."""
+    config = LoraConfig(r=3, init_lora_weights=how, use_dora=dora)
+    model, x = net(), torch.randn(4, 12)
+    base = snapshot(model)
+    inject_lora(model, config)
+    shake(model)
+    other = net()
+    for parameter in other.parameters():
+        parameter.data.normal_()
+    inject_lora(other, config)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(x), model(x))
+    again = copy.deepcopy(other)
+    again.load_state_dict(base, strict=False)
+    for found in (other, again):
+        with lora_disabled(model), lora_disabled(found):
+            torch.testing.assert_close(found(x), model(x))
+        torch.testing.assert_close(found(x), model(x))
+        unload_lora(found)
+        torch.testing.assert_close(snapshot(found), base)
+        assert not any(module._load_state_dict_pre_hooks for module in found.modules())
+
+
 def test_draws_depend_on_seed_and_name_alone():
     def weights(seed):
         model = net()

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lora_lightning.errors import AdapterError
 from lora_lightning.injection.tensors import local, spread_like, whole
@@ -43,7 +45,33 @@ def keep_weight(layer: LoraLayer) -> Tensor:
     """Keep the weight as it is now as the base's, all of it on every process, unless one is kept already."""
     if BEFORE not in vars(layer):
         vars(layer)[BEFORE] = whole(layer.weight.detach()).to("cpu", copy=True)
+        if starts_of(layer):
+            layer.register_load_state_dict_pre_hook(_keep_loaded)
     return vars(layer)[BEFORE]
+
+
+@torch.no_grad()
+def _keep_loaded(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Where somebody loads a weight into a changed layer, let the base's be the one that goes with it.
+
+    A state with first values beside the weight is of a model that was changed like this one; one without is a base's.
+    """
+    before, weight = vars(layer).get(BEFORE), state.get(f"{prefix}weight")
+    if before is None or not isinstance(weight, Tensor) or isinstance(weight, DTensor) or weight.shape != before.shape:
+        return  # another shape is told by those who load
+    names = [f"lora_{part}{START}" for part in "AB"]
+    exact = torch.promote_types(before.dtype, torch.float32)
+    there = all(f"{prefix}{name}" in state for name in names)
+    a, b = ((state[f"{prefix}{name}"] if there else getattr(layer, name)).to(weight.device, exact) for name in names)
+    delta = oriented(layer, layer.lora_scaling * (b @ a))
+    if not there:
+        vars(layer)[BEFORE] = weight.to("cpu", before.dtype, copy=True)
+        state[f"{prefix}weight"] = (weight.to(exact) - delta).to(weight.dtype)
+        return
+    base = (weight.to(exact) + delta).cpu()
+    rounding = 8 * torch.finfo(before.dtype).eps * float(before.abs().max())
+    if not torch.allclose(base, before.to(exact), rtol=0, atol=rounding):  # else what is kept is to the bit
+        vars(layer)[BEFORE] = base.to(before.dtype)
 
 
 @torch.no_grad()
@@ -102,6 +130,9 @@ def forget_start(layer: LoraLayer) -> None:
         delattr(layer, name)
     for name in (BEFORE, "lora_still"):
         vars(layer).pop(name, None)
+    hooks = layer._load_state_dict_pre_hooks
+    for number in [n for n, hook in hooks.items() if getattr(hook, "hook", None) is _keep_loaded]:
+        del hooks[number]
 
 
 @contextmanager
