@@ -58,7 +58,7 @@ def test_a_job_leaves_figures_and_no_reports_and_trains_the_same(call, sweep, tm
         patch.delenv(SWEEP)
         alone = call(main, *FAST, f"hydra.run.dir={tmp_path}/alone")
     assert (job.status, alone.status) == (0, 0), job.stderr + alone.stderr
-    reports = {"samples.md", "loss.png", "insight.csv", "insight.png"}
+    reports = {"samples.md", "loss.png", "insight.csv", "insight.png", "about.json", "report.html"}
     assert reports <= _files(tmp_path / "alone") - _files(sweep / "1")
     assert _files(sweep / "1") - _files(tmp_path / "alone") == {"progress.json"}
     of_job, of_run = (json.loads((each / "result.json").read_text()) for each in (sweep / "1", tmp_path / "alone"))
@@ -78,7 +78,7 @@ def test_the_log_of_a_job_has_short_lines_and_no_bars(call, sweep):
 
 def test_reports_are_made_where_they_are_asked_for(call, sweep):
     job = call(main, *FAST, f"hydra.run.dir={sweep}/1", "sweep.reports=true")
-    assert {"samples.md", "loss.png", "progress.json"} <= _files(sweep / "1")
+    assert {"samples.md", "loss.png", "report.html", "progress.json"} <= _files(sweep / "1")
     assert "One training example" in job.stdout
 
 
