@@ -146,12 +146,11 @@ def test_each_job_is_what_it_is_by_itself(exact, alone):
         ours, theirs = result(folders[number]), result(by_itself)
         assert ours["shared_with"] == 4
         measured = {"seconds", "tokens_per_second", "peak_memory_bytes", "adapter_path", "best_adapter_path"}
-        for key in theirs.keys() - measured - {"overrides"}:
+        for key in theirs.keys() - measured - {"overrides", "advice"}:
             close = pytest.approx(theirs[key], rel=1e-10) if isinstance(theirs[key], float) else theirs[key]
             assert ours[key] == close, key
-        assert {each.name for each in by_itself.iterdir()} <= {each.name for each in folders[number].iterdir()} | {
-            "loss.png"
-        }
+        reports = {"loss.png", "about.json", "advice.md", "report.html"}
+        assert {each.name for each in by_itself.iterdir()} - reports <= {each.name for each in folders[number].iterdir()}
         config = [(each / "config.yaml").read_text().replace(str(each), "") for each in (folders[number], by_itself)]
         assert config[0] == config[1]
 
