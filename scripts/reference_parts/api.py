@@ -88,7 +88,7 @@ def _parameters(value: Any, *, typed: bool) -> tuple[list[str], str]:
         if each.kind is each.KEYWORD_ONLY and not starred:
             parts.append("*")
         starred |= each.kind in (each.KEYWORD_ONLY, each.VAR_POSITIONAL)
-        stars = {each.VAR_POSITIONAL: "*", each.VAR_KEYWORD: "**"}.get(each.kind, "")
+        stars = "*" if each.kind is each.VAR_POSITIONAL else "**" if each.kind is each.VAR_KEYWORD else ""
         kind = f": {_kind(each.annotation)}" if typed and each.annotation is not each.empty else ""
         default = "" if each.default is each.empty else (" = " if kind else "=") + _default(each.default)
         parts.append(f"{stars}{name}{kind}{default}")

@@ -80,7 +80,8 @@ class File:
         behind = self._lines[end.line][end.column :].partition("# ")[2]
         if behind:
             return behind.strip()
-        above, line = [], key.start_mark.line - 1
+        above: list[str] = []
+        line = key.start_mark.line - 1
         while line >= self._header and self._lines[line].strip().startswith("# "):
             above.insert(0, self._lines[line].strip().lstrip("# "))
             line -= 1
