@@ -74,9 +74,10 @@ def _blocks(page: str, text: str) -> Iterator[Block]:
 
 
 def commands_of(block: Block) -> list[list[str]]:
-    """The words of each command of a shell block: comments gone, lines that end in a backslash joined.
+    """The words of each command of a shell block: comments and redirections gone, broken lines joined.
 
     A ``…`` is what only the reader knows, such as the time in a folder's name.
     """
     lines = block.text.replace("\\\n", " ").replace("…", "x").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+    commands = [shlex.split(re.sub(r"\s[<>] \S+", "", line), comments=True) for line in lines]
+    return [words for words in commands if words]
