@@ -142,7 +142,7 @@ def test_workers_end_with_the_process_that_started_them():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     pid = int(done.stdout)
-    for _ in range(50):
+    for _ in range(300):
         if not Path(f"/proc/{pid}").exists():
             return
         time.sleep(0.1)

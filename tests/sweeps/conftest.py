@@ -52,7 +52,7 @@ def make_work(tmp_path):
 def until():
     """until(condition): wait until it holds, and say whether it does."""
 
-    def wait(condition, seconds=10.0):
+    def wait(condition, seconds=60.0):
         end = time.monotonic() + seconds
         while not condition() and time.monotonic() < end:
             time.sleep(0.01)

@@ -278,7 +278,7 @@ def test_a_second_ctrl_c_kills_at_once(make_work, parent, marked, until):
     assert "told to save and end" in process.stdout.readline()
     time.sleep(1.2)
     os.killpg(process.pid, signal.SIGINT)
-    out, error = process.communicate(timeout=10)
+    out, error = process.communicate(timeout=60)
     assert "SIGINT again" in out
     assert {"0 interrupted", "1 interrupted"} <= set(out.splitlines())
     assert "SweepInterrupted" in error

@@ -29,7 +29,7 @@ def test_a_job_has_a_log_and_a_session_and_no_terminal(make_work, environment):
         process = Process(work, environment)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert process.wait(10) == 0
+    assert process.wait(60) == 0
     assert work.log.read_text().startswith("of an earlier start\n")
     lines = process.last_lines()
     words = next(line for line in lines if line.startswith("session")).split()
@@ -43,13 +43,13 @@ def test_a_job_has_a_log_and_a_session_and_no_terminal(make_work, environment):
     ("script", "status"), [("sys.exit(3)", 3), ("os.kill(os.getpid(), signal.SIGKILL)", -9), ("leave()", 0)]
 )
 def test_the_status_is_the_jobs(make_work, environment, script, status):
-    assert Process(make_work(0, script), environment).wait(10) == status
+    assert Process(make_work(0, script), environment).wait(60) == status
 
 
 def test_a_program_that_is_not_there_is_told(make_work, environment, tmp_path):
     work = make_work(0, "")
     process = Process(type(work)(work.jobs, (str(tmp_path / "nothing"),), work.log), environment)
-    assert process.wait(10) == 127
+    assert process.wait(60) == 127
     assert process.last_lines() == [f"{tmp_path / 'nothing'} could not be started: No such file or directory"]
 
 
@@ -67,7 +67,7 @@ def test_a_job_that_is_asked_to_end_saves(make_work, environment, marked, until,
     process = Process(work, environment)
     assert until((work.jobs[0].folder / "ready").exists)
     process.stop(number)
-    assert process.wait(10) == 5
+    assert process.wait(60) == 5
     assert f'"signal": {int(number)}' in (work.jobs[0].folder / "result.json").read_text()
     assert marked() == []
 
@@ -78,7 +78,7 @@ def test_a_job_that_does_not_listen_is_ended_after_its_patience(make_work, envir
     process = Process(work, environment, patience=0.2)
     assert until((work.jobs[0].folder / "ready").exists)
     process.stop(signal.SIGINT)
-    assert process.wait(10) == -signal.SIGTERM
+    assert process.wait(60) == -signal.SIGTERM
     assert marked() == []
 
 
@@ -88,7 +88,7 @@ def test_killing_reaches_what_has_left_the_session(make_work, environment, marke
     assert until((work.jobs[0].folder / "ready").exists)
     assert len(marked()) == 3  # the guard, the job, and what it has let loose
     process.kill()
-    assert process.wait(10) == -signal.SIGKILL
+    assert process.wait(60) == -signal.SIGKILL
     assert marked() == []
 
 
@@ -107,7 +107,7 @@ def test_what_outlives_a_jobs_first_process_is_ended(make_work, environment, mar
     monkeypatch.setattr(processes, "_GUARD", hasty_guard)
     work = make_work(0, "loose()\nsys.exit(4)")
     process = Process(work, environment)
-    assert process.wait(10) == 4
+    assert process.wait(60) == 4
     assert marked() == []
 
 

@@ -159,7 +159,7 @@ def test_many_processes_report_at_a_time(study, tmp_path):
     numbers = [study.ask().number for _ in range(4)]
     command = [sys.executable, "-c", code, str(tmp_path / "study.journal")]
     processes = [subprocess.Popen([*command, str(number)], cwd=ROOT) for number in numbers]
-    assert [process.wait(120) for process in processes] == [0] * 4
+    assert [process.wait(300) for process in processes] == [0] * 4
     for number in numbers:
         assert study.trials[number].intermediate_values == {step: number + step / 100 for step in range(20)}
 

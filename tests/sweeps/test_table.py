@@ -218,7 +218,7 @@ def test_a_terminal_has_a_living_table(make_work, environment, tmp_path):
                 (tmp_path / "seen").touch()
     except OSError:  # so a terminal ends
         pass
-    assert process.wait(20) == 0
+    assert process.wait(120) == 0
     os.close(mine)
     shown = ESCAPES.sub("", text.decode())
     assert "2 running" in shown

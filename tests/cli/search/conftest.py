@@ -18,23 +18,25 @@ import lora_lightning
 QUIET = ("hydra/job_logging=none", "hydra/hydra_logging=none")
 ROOT = Path(lora_lightning.__file__).parents[1]
 APP = """
-import math, time
+import math, os, time
 from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 
-SETTINGS = {"x": 0.0, "y": 1e-2, "kind": "a", "r": 8, "alpha": 16, "seconds": 0.0, "returns": "value", "fails": ""}
+SETTINGS = {"x": 0.0, "y": 1e-2, "kind": "a", "r": 8, "alpha": 16, "returns": "value", "fails": ""}
 ConfigStore.instance().store("settings", SETTINGS)
 
 
 @hydra.main(version_base="1.3", config_path=None, config_name="settings")
 def main(cfg):
     hydra_cfg = HydraConfig.get()
-    with (Path(hydra_cfg.sweep.dir) / "started").open("a") as log:
+    started = Path(hydra_cfg.sweep.dir) / "started"
+    with started.open("a") as log:
         print(hydra_cfg.job.num, *hydra_cfg.overrides.task, file=log)
-    time.sleep(cfg.seconds)
+    if len(started.read_text().splitlines()) == int(os.environ.get("STALL_AT", 0)):
+        time.sleep(600)
     if cfg.kind in cfg.fails:
         raise RuntimeError(f"kind {cfg.kind} is not to my taste")
     value = (cfg.x - 2) ** 2 + (math.log10(cfg.y) + 3) ** 2 + (cfg.kind != "b") + abs(cfg.r - cfg.alpha)

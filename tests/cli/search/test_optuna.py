@@ -44,18 +44,19 @@ def test_trials_are_jobs_and_the_best_is_told(search):
 
 
 def kill_after(command, keywords, folder, started):
-    """Start a search and end it without a warning once so many of its jobs have begun."""
+    """Start a search and end it without a warning while one of its jobs runs, the last of so many that have begun."""
+    keywords["env"]["STALL_AT"] = str(started)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **keywords)
     log = folder / "started"
-    end = time.monotonic() + 60
-    while (not log.exists() or len(log.read_text().splitlines()) < started) and time.monotonic() < end:
+    while not log.exists() or len(log.read_text().splitlines()) < started:
+        assert process.poll() is None
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def test_a_killed_search_goes_on_as_if_nothing_had_been(search, begin):
-    options = (OPTUNA, *SPACE, "hydra.sweeper.n_trials=9", "hydra.sweeper.n_jobs=3", "seconds=0.2")
+    options = (OPTUNA, *SPACE, "hydra.sweeper.n_trials=9", "hydra.sweeper.n_jobs=3")
     whole = search(*options, folder="whole")
     command, keywords, folder = begin(*options, folder="killed")
     kill_after(command, keywords, folder, started=5)  # the second of the second three
@@ -69,7 +70,7 @@ def test_a_killed_search_goes_on_as_if_nothing_had_been(search, begin):
     # Hydra's launcher tells what came of jobs when the last of a batch has ended: the second batch was open altogether.
     assert jobs == [*range(5), *range(3, 9)]
     assert len({" ".join(line) for line in gone_on.started}) == 9
-    more = search(*options[:4], "hydra.sweeper.n_jobs=3", "seconds=0.2", "hydra.sweeper.n_trials=11", folder="killed")
+    more = search(*options[:4], "hydra.sweeper.n_jobs=3", "hydra.sweeper.n_trials=11", folder="killed")
     assert [int(job) for job, *_ in more.started][len(jobs) :] == [9, 10]
 
 
