@@ -18,6 +18,13 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# How long an example takes is a matter of what else the machine does; in CI each run tries the same ones.
+settings.register_profile(
+    "here", deadline=None, derandomize="CI" in os.environ, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("here")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell has started this in the background; processes that tests start would ignore Ctrl-C as well.
