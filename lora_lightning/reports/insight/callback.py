@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -24,6 +25,8 @@ from lora_lightning.reports.insight.measure import (
 )
 from lora_lightning.reports.insight.rows import InsightRow, append_rows, go_on
 
+_DRAWING = 0.005  # of the time at most
+
 Summary = Callable[[Sequence[float]], float]
 _LOGGED: dict[str, dict[str, Summary]] = {
     "effective_rank": {"mean": fmean, "min": min, "max": max},
@@ -43,6 +46,9 @@ class InsightCallback(Callback):
     have an adapter and have none have a row too, with ``r`` 0. A resumed run goes on with its file. Nothing happens in
     other steps than the last before a validation, whose gradients' norms are kept; where it is not known beforehand
     which that is (early stopping), the row says nothing of gradients.
+
+    The picture is drawn at the end, and at a validation where drawing takes less than half a percent of the time that
+    has gone by since it was drawn last.
 
     The first process writes. Adapters that FSDP2 or tensor parallelism has spread are gathered, which all processes do
     together. Where an engine has flattened the base (FSDP) or split the adapters (ZeRO-3), what would need them is left
@@ -64,6 +70,8 @@ class InsightCallback(Callback):
         self._left_out: list[tuple[str, int]] = []
         self._gradients: tuple[int, list[str], torch.Tensor] | None = None
         self._seen = -1  # the step at which was looked last
+        self._rows: list[InsightRow] = []  # that are not drawn yet
+        self._drawn_at, self._drawing = time.monotonic(), 0.5  # when, and how many seconds it took (or may take)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on with an earlier part of this run, or leave its file be."""
@@ -85,8 +93,10 @@ class InsightCallback(Callback):
             self._look(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at what came out, unless the last validation has seen it."""
+        """Look at what came out, unless the last validation has seen it, and draw it."""
         self._look(trainer, pl_module)
+        if self._rows:
+            self._draw(trainer)
 
     def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = trainer.global_step
@@ -115,13 +125,16 @@ class InsightCallback(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(scalars(rows), step=step - 1)  # Lightning's number of the step that was the last
         if self.picture:
-            self._draw(trainer, rows, path.with_name(f"{self.filename}.png"))
+            self._rows, self._png = rows, path.with_name(f"{self.filename}.png")
+            if self._drawing < _DRAWING * (time.monotonic() - self._drawn_at):
+                self._draw(trainer)
 
-    def _draw(self, trainer: Trainer, rows: list[InsightRow], png: Path) -> None:
+    def _draw(self, trainer: Trainer) -> None:
         from lora_lightning.reports.insight.picture import insight_picture, pixels
 
+        began, png = time.monotonic(), self._png
         try:
-            insight_picture(rows, png)
+            insight_picture(self._rows, png)
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
                     logger.log_image("insight", [str(png)])
@@ -129,6 +142,8 @@ class InsightCallback(Callback):
                     logger.experiment.add_image("insight", pixels(png), trainer.global_step, dataformats="HWC")
         except Exception as error:  # a run does not fail for its picture
             rank_zero_warn(f"The picture {png} could not be drawn: {error}")
+        self._rows, self._drawn_at = [], time.monotonic()
+        self._drawing = self._drawn_at - began
 
     def _watched(self, pl_module: LightningModule) -> Layers:
         if self._layers is None:

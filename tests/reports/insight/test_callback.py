@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lora_lightning import LoraCallback
 from lora_lightning.injection.state import lora_layers
 from lora_lightning.reports import InsightCallback
-from lora_lightning.reports.insight import read_rows
+from lora_lightning.reports.insight import callback, read_rows
 from lora_lightning.reports.insight.callback import validates_next
 
 CONFIG = {"r": 4, "lora_alpha": 8, "target_modules": ["0", "2"]}
@@ -201,6 +201,16 @@ def test_loggers_get_numbers_and_the_picture(tmp_path, monkeypatch):
         sum(row.grad_norm_B for row in seen) / len(seen), rel=1e-5
     )
     events = EventAccumulator(str(tmp_path / "tb")).Reload()
-    assert [event.step for event in events.Images("insight")] == [6, 12]
+    assert [event.step for event in events.Images("insight")] == [12]
     assert "insight/rank_used_mean" in events.Tags()["scalars"]
-    assert images == [("insight", [str(tmp_path / "insight.png")])] * 2
+    assert images == [("insight", [str(tmp_path / "insight.png")])]
+
+
+def test_the_picture_is_drawn_while_it_trains_where_that_takes_no_time(tmp_path, monkeypatch):
+    fit(tmp_path / "short", InsightCallback(), max_steps=7, limit_val_batches=0)
+    assert imread(tmp_path / "short" / "insight.png").size  # at the end, without any validation
+    monkeypatch.setattr(callback, "_DRAWING", 1e9)  # as in a training of hours
+    drawn = []
+    monkeypatch.setattr(InsightCallback, "_draw", lambda self, trainer: drawn.append(trainer.global_step))
+    fit(tmp_path / "long", InsightCallback())
+    assert drawn[:2] == [6, 12]

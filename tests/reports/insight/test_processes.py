@@ -53,18 +53,18 @@ pl.Trainer(
     max_epochs=2, accelerator="cpu", devices=1 if kind == "auto" else 2, strategy=strategy, logger=False,
     use_distributed_sampler=False, default_root_dir=out, enable_progress_bar=False, enable_model_summary=False,
     enable_checkpointing=False,
-    callbacks=[LoraCallback(LoraConfig(r=3, target_modules=["0", "2"])), InsightCallback(picture=False)],
+    callbacks=[LoraCallback(LoraConfig(r=3, target_modules=["0", "2"])), InsightCallback()],
 ).fit(Net(), data, data)
 """
 
 
-def test_spread_adapters_are_seen_whole(tmp_path, monkeypatch):
+def test_spread_adapters_are_seen_whole(tmp_path, monkeypatch, warm_python):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     monkeypatch.setattr(sys, "argv", [str(script), "auto", str(tmp_path / "auto")])
     runpy.run_path(str(script), run_name="__main__")  # in this process, which spares the imports of another
     done = subprocess.run(
-        [sys.executable, script, "fsdp2", tmp_path / "fsdp2"],
+        [warm_python, script, "fsdp2", tmp_path / "fsdp2"],
         env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -72,7 +72,7 @@ def test_spread_adapters_are_seen_whole(tmp_path, monkeypatch):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    assert {"insight.csv"} == {path.name for path in (tmp_path / "fsdp2").iterdir()} - {"adapter"}
+    assert {"insight.csv", "insight.png"} == {path.name for path in (tmp_path / "fsdp2").iterdir()} - {"adapter"}
     alone, spread = (read_rows(tmp_path / kind / "insight.csv") for kind in ("auto", "fsdp2"))
     assert [(row.step, row.layer) for row in spread] == [(s, f"net.{i}") for s in (3, 6) for i in (0, 2, 3)]
     for one, other in zip(alone, spread, strict=True):
