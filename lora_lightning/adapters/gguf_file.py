@@ -126,6 +126,8 @@ def write_gguf(
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
     if tokens := config.get("alora_invocation_tokens"):
+        if not hasattr(gguf.Keys.Adapter, "ALORA_INVOCATION_TOKENS"):
+            raise AdapterError("the installed gguf package does not know aLoRA: pip install --upgrade gguf")
         kinds = gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32
         writer.add_key_value(gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS, list(tokens), *kinds)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)

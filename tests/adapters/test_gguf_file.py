@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from lora_lightning import AdapterError, LoraConfig, inject_lora, merge_lora, save_adapter
@@ -154,6 +154,8 @@ def write_gguf_of(model, folder):
 
 @pytest.mark.parametrize("kind", known_architectures())
 def test_every_architecture_has_names_for_its_linear_layers(kind, shake, tmp_path):
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers does not know {kind}")
     config = AutoConfig.for_model(kind, **SIZES, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     model = adapter(shake, tmp_path / "adapter", AutoModelForCausalLM.from_config(config))
     report = write_gguf_of(model, tmp_path)
