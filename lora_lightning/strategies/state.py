@@ -19,7 +19,13 @@ from lora_lightning.adapters.checkpoint import CHECKPOINT_KEY, FORMAT, entries_o
 from lora_lightning.adapters.written import failing_together
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import AdapterError
-from lora_lightning.injection.state import injected_roots, load_lora_state, lora_parameters, lora_state_dict
+from lora_lightning.injection.state import (
+    injected_roots,
+    load_lora_state,
+    lora_parameters,
+    lora_state_dict,
+    record_of,
+)
 from lora_lightning.injection.tensors import alone
 from lora_lightning.optim import gradients
 from lora_lightning.strategies import optimizer_state as by_name
@@ -166,7 +172,13 @@ class AdapterState:
         if "current_model_state" in checkpoint:  # a callback has put averages, of what moves, into "state_dict"
             averages = self._parts(checkpoint["state_dict"])
             checkpoint["state_dict"] = checkpoint["current_model_state"] | averages
-        checkpoint[CHECKPOINT_KEY] = {"format": FORMAT, "adapters": self.entries(), "rng": rng.gather()}
+        awaiting = [name for name, root in injected_roots(self.module).items() if record_of(root).awaits_data]
+        checkpoint[CHECKPOINT_KEY] = {
+            "format": FORMAT,
+            "adapters": self.entries(),
+            "rng": rng.gather(),
+            "awaits_data": awaiting,  # as where Lightning's tuner saves and restores around a validation
+        }
         if dropped := [name for name in keep_primitives(checkpoint) if name not in self._told]:
             self._told.update(dropped)
             rank_zero_info(f"not in the checkpoint's hyper_parameters, being no plain values: {', '.join(dropped)}")
@@ -198,6 +210,8 @@ class AdapterState:
         self.before_load(entries)
         self._compare(entries)
         load_lora_state(self.module, checkpoint["state_dict"], "the checkpoint")
+        for name, root in injected_roots(self.module).items():
+            record_of(root).awaits_data = name in checkpoint[CHECKPOINT_KEY].get("awaits_data", ())
         self.rng = rng.of_rank(checkpoint[CHECKPOINT_KEY].get("rng"), first_with_same_rows(self.strategy))
         if self.module.trainer.state.fn == TrainerFn.FITTING and not self.strategy.lightning_restore_optimizer:
             self.load_optimizer_states(checkpoint)  # Lightning leaves it to such a strategy to ask for them
