@@ -13,13 +13,14 @@ _COMMANDS = {
     "plan": "what a training would adapt, weigh and take, before it runs; --compare lora=a,b side by side",
     "prepare": "have model, data set and tokenised rows on this machine, for training without a network",
     "generate": "talk to a model, with the adapter and without: <run or adapter folder> [--prompt TEXT]",
-    "eval": "measure an adapter beside its base model: adapter=<folder> or ckpt_path=<file>",
+    "eval": "measure an adapter beside its base model: adapter=<run or adapter folder> or ckpt_path=<file>",
     "to-adapter": "make an adapter folder from a checkpoint: <file> [<folder>]",
     "merge": "write a whole model from an adapter and its base: <adapter> <folder> [--base NAME]",
     "export": "write an adapter for others, with a model card: <adapter> <folder> [--vllm|--gguf] [--hub OWNER/NAME]",
     "resize": "cut an adapter to the best one of a lower rank: <adapter> [<folder>] r=8",
     "report": "write report.html, one page of a run or a sweep: <folder> [--open]",
     "sweep-report": "write and print what a sweep says: <folder> [--metric NAME] [--mode min|max]",
+    "doctor": "look whether this machine can train: versions, devices, processes, a tiny training [--json]",
 }
 
 
