@@ -150,7 +150,8 @@ def test_each_job_is_what_it_is_by_itself(exact, alone):
             close = pytest.approx(theirs[key], rel=1e-10) if isinstance(theirs[key], float) else theirs[key]
             assert ours[key] == close, key
         reports = {"loss.png", "about.json", "advice.md", "report.html"}
-        assert {each.name for each in by_itself.iterdir()} - reports <= {each.name for each in folders[number].iterdir()}
+        names, ours_too = ({each.name for each in place.iterdir()} for place in (by_itself, folders[number]))
+        assert names - reports <= ours_too
         config = [(each / "config.yaml").read_text().replace(str(each), "") for each in (folders[number], by_itself)]
         assert config[0] == config[1]
 
