@@ -98,7 +98,7 @@ def _nothing_in(folder: Path, several: list[Path]) -> str:
         what = "holds several adapters" if several else f"is not an adapter folder (no {_CONFIG}), but there are some"
         return f"{folder} {what}; name one of them, the newest first:{lines}{more}"
     there = _listed(sorted(each.name for each in folder.iterdir()))
-    checkpoints = sorted(folder.rglob("*.ckpt"))
+    checkpoints = [each for pattern in ("*.ckpt", "checkpoints/*.ckpt") for each in sorted(folder.glob(pattern))]
     hint = f". To make one of a checkpoint: lora-lightning to-adapter {checkpoints[-1]}" if checkpoints else ""
     return f"there is no adapter in {folder}: no {_CONFIG} in it or below it (it holds {there}){hint}"
 
