@@ -67,10 +67,11 @@ def colours(tmp_path_factory) -> SimpleNamespace:
     """A task of the evaluation harness that needs no download: its folder, and its rows."""
     folder = tmp_path_factory.mktemp("tasks")
     things = ("ball", "boat", "bird", "book", "chair", "clock", "coat", "cup")
+    # Made-up colours of like length in tokens: else the shortest is the likeliest to every model.
     rows = [
         {
             "question": f"What colour is the {thing}?",
-            "choices": [f"The {thing} is {colour}." for colour in ("red", "green", "blue")],
+            "choices": [f"The {thing} is {colour}." for colour in ("fuv", "gup", "hox")],
             "answer": number % 3,
         }
         for number, thing in enumerate(things)
