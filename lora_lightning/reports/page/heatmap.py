@@ -47,13 +47,19 @@ def heatmaps(rows: Sequence[InsightRow]) -> list[Heatmap]:
         rows: Of ``insight.csv``.
     """
     drawn = [
-        _heatmap(rows, "Share of the rank in use", _rank_used, lambda value: f"{value:.0%}".replace("%", " %"), 1.0),
+        _heatmap(
+            rows,
+            "Effective rank, as a share of the rank",
+            _share_of_rank,
+            lambda value: f"{value:.0%}".replace("%", " %"),
+            1.0,
+        ),
         _heatmap(rows, "How far the weight is moved, ‖ΔW‖ / ‖W‖", lambda row: row.relative_norm, "{:.2g}".format),
     ]
     return [each for each in drawn if each is not None]
 
 
-def _rank_used(row: InsightRow) -> float | None:
+def _share_of_rank(row: InsightRow) -> float | None:
     return None if row.effective_rank is None else row.effective_rank / (row.rank or row.r)
 
 

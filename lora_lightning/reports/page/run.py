@@ -177,7 +177,8 @@ def _advice(run: Run) -> list[dict[str, Any]] | None:
             "sentence": str(each.get("sentence") or ""),
             "override": each.get("override"),
             "numbers": {
-                str(name).replace("_", " "): setting(value) for name, value in (each.get("numbers") or {}).items()
+                str(name).replace("_", " "): f"{value:.4g}" if isinstance(value, float) else setting(value)
+                for name, value in (each.get("numbers") or {}).items()
             },
         }
         for each in given
