@@ -91,9 +91,9 @@ class File:
 def sections() -> str:
     """The keys of train.yaml, then a section for each group of settings with all its choices."""
     own = ["### Every run", _table(File(CONF / "train.yaml").entries())]
-    for name, extra in (("eval", "`eval` has besides"), ("prepare", "")):
-        keys = [key for key in File(CONF / f"{name}.yaml").entries() if not key.name.startswith("hydra")]
-        own += [extra, _table(keys)] if keys else []
+    for path in sorted(set(CONF.glob("*.yaml")) - {CONF / "train.yaml"}):
+        keys = [key for key in File(path).entries() if not key.name.startswith("hydra")]
+        own += [f"`{path.stem}` has besides:", _table(keys)] if keys else []
     return "\n\n".join([*own, *(part for group in _groups() for part in _group(group))])
 
 
