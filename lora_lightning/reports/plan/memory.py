@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,9 @@ from lora_lightning.tasks.free_memory import free_memory
 
 LEFT_FREE = 0.1
 """This share of a device's memory is left free: for what allocators lose, and for whoever else needs some."""
+HOLES = {"cpu": 0.3, "cuda": 0.1}
+"""Memory that lies between the tensors of a step, for each byte of them. Measured on the CPU, where memory that was freed
+is kept (:mod:`lora_lightning.strategies.allocator`): 0.2 to 0.5; on a GPU taken from what its allocator reserves."""
 CUDA_LIBRARIES = 500 * 10**6
 """What CUDA itself and the libraries' workspaces take of a GPU, about."""
 _MOST_ROWS = 2**16
@@ -33,6 +36,7 @@ class Memory:
         activations: What forward keeps for backward; None where it is not known.
         loss: What the output layer and the loss take, for a moment; None where it is not known.
         backward: What backward takes besides what forward kept, for a moment; None where it is not known.
+        holes: What the allocator leaves between the tensors of a step.
     """
 
     weights: float
@@ -43,26 +47,28 @@ class Memory:
     activations: float | None = None
     loss: float | None = None
     backward: float | None = None
+    holes: float = 0.0
 
     @property
     def total(self) -> float:
         """The most at once, without what libraries take; loss and backward come one after the other."""
         throughout = self.weights + self.adapter + self.gradients + self.optimizer + self.gathered
-        return throughout + (self.activations or 0) + max(self.loss or 0, self.backward or 0)
+        return throughout + (self.activations or 0) + max(self.loss or 0, self.backward or 0) + self.holes
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers, and the total."""
         return asdict(self) | {"total": self.total}
 
 
-def memory(held: Held, cost: StepCost | None, rows: int, *, dequantised: float = 0.0) -> Memory:
+def memory(held: Held, cost: StepCost | None, rows: int, *, dequantised: float = 0.0, device: str = "cpu") -> Memory:
     """The memory of a training with so many rows in a batch."""
     there = Memory(held.weights, held.adapter, held.gradients, held.optimizer, held.gathered)
     if cost is None:
         return there
     step = cost.of(rows)
-    moments = {"loss": step.loss, "backward": step.backward + dequantised}
-    return Memory(*list(asdict(there).values())[:5], activations=step.kept, **moments)
+    loss, backward = step.loss, step.backward + dequantised
+    holes = HOLES[device] * (step.kept + max(loss, backward))
+    return replace(there, activations=step.kept, loss=loss, backward=backward, holes=holes)
 
 
 def available(setting: Setting) -> int | None:

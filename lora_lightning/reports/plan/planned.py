@@ -159,7 +159,7 @@ def plan_of(setting: Setting, *, calibration: bool = True) -> Plan:
     kept = held(ghost.model, setting)
     moment = dequantised(ghost.model, setting)
     cost = _cost(setting, config, ghost, there, notes)
-    with_rows = partial(budget.memory, kept, cost, dequantised=moment)
+    with_rows = partial(budget.memory, kept, cost, dequantised=moment, device=setting.device)
     largest = seconds = flops = None
     if cost is not None:
         step = cost.of(setting.rows)

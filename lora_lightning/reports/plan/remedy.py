@@ -9,6 +9,9 @@ from lora_lightning.reports.plan import memory as budget
 from lora_lightning.reports.plan.planned import Plan, plan_of
 from lora_lightning.reports.plan.setting import Setting
 
+_OF_WHAT_FAILED = 0.7
+"""A remedy takes no more than this share of what ran out of memory."""
+
 
 class Remedy(NamedTuple):
     """A way to need less memory.
@@ -34,15 +37,19 @@ def remedies(setting: Setting) -> list[Remedy]:
         setting: That of the training which ran out of memory.
     """
     made = plan_of(setting, calibration=False)
+    # What has failed does not fit, however much seems to be free: the process may be limited, or others have taken it.
+    room = _OF_WHAT_FAILED * made.memory.total
+    if made.available is not None:
+        room = min(room, budget.usable(made.available, setting))
     again = replace(setting, model=replace(setting.model, gradient_checkpointing=True))
     recomputed = made if again == setting else plan_of(again, calibration=False)
-    found = _smaller_batch(made)
+    found = _smaller_batch(made, room)
     if recomputed is not made:
         settings, why = "model.gradient_checkpointing=true", "activations are computed a second time, a third slower"
         found += [Remedy(settings, why, _total(recomputed, setting.rows))]
         found += [
             Remedy(f"{each.settings} {settings}", f"{each.why}; {why}", each.total)
-            for each in _smaller_batch(recomputed)
+            for each in _smaller_batch(recomputed, room)
         ]
     if setting.device == "cuda" and setting.model.quantisation is None:
         few_bits = replace(again, model=replace(again.model, quantisation="nf4"), rows=1)
@@ -54,8 +61,7 @@ def remedies(setting: Setting) -> list[Remedy]:
         settings = " ".join([f"data.max_length={shorter.tokens} model.gradient_checkpointing=true", _batch(setting, 1)])
         total = _total(plan_of(shorter, calibration=False), 1)
         found += [Remedy(settings, "longer rows are cut, and counted", total)]
-    room = None if made.available is None else budget.usable(made.available, setting)
-    return sorted(found, key=lambda remedy: room is None or remedy.total is None or remedy.total > room)
+    return sorted(found, key=lambda remedy: remedy.total is None or remedy.total > room)
 
 
 def listed(found: list[Remedy]) -> str:
@@ -67,14 +73,13 @@ def listed(found: list[Remedy]) -> str:
     return "\n".join(lines)
 
 
-def _smaller_batch(made: Plan) -> list[Remedy]:
+def _smaller_batch(made: Plan, room: float) -> list[Remedy]:
     """The largest batch that fits and is an even part of the present one; none where it is of one row already."""
     setting = made.setting
     if setting.rows == 1:
         return []
-    smaller = [rows for rows in range(setting.rows - 1, 0, -1) if setting.rows % rows == 0]
-    most = made.largest_batch
-    rows = smaller[0] if most is None else next((rows for rows in smaller if rows <= most), 1)
+    smaller = (rows for rows in range(setting.rows - 1, 0, -1) if setting.rows % rows == 0)
+    rows = next((rows for rows in smaller if made.with_rows(rows).total <= room), 1)
     return [Remedy(_batch(setting, rows), "as many rows a step, in smaller batches", _total(made, rows))]
 
 

@@ -22,6 +22,7 @@ _MEMORY = {
     "activations": "Activations",
     "loss": "Loss, for a moment",
     "backward": "Backward, for a moment",
+    "holes": "Allocator's holes, about",
 }
 
 

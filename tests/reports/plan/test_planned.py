@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig
+
+from lora_lightning import LoraConfig, LoraConfigError, inject_lora, save_adapter
+from lora_lightning.reports.plan import Setting, comparison, plan, remedies
+from lora_lightning.reports.plan.setting import bytes_of
+from lora_lightning.reports.plan.table import size
+from lora_lightning.tasks.model_config import ModelConfig
+
+TINY = {"rows": 4, "tokens": 64, "calibration": False}
+GPUS = {"device": "cuda", "memory": 24 * 10**9, "calibration": False}
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return plan("demo:tiny-llama", LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]), **TINY)
+
+
+def real(config: LoraConfig, **settings):
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**settings))
+    return model, inject_lora(model, config)
+
+
+SMALL = {
+    "vocab_size": 320,
+    "hidden_size": 48,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("shape")
+    LlamaConfig(**SMALL, architectures=["LlamaForCausalLM"]).save_pretrained(place)
+    return place
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=8, lora_alpha=16),
+        LoraConfig(r=4, use_dora=True, target_modules=["q_proj"], rank_pattern={"layers.1.self_attn.q_proj": 6}),
+        LoraConfig(r=2, target_modules=["down_proj"], modules_to_save=["lm_head"], bias="lora_only"),
+    ],
+    ids=["all-linear", "dora", "modules-to-save"],
+)
+def test_layers_and_the_file_are_those_of_the_real_model(folder, tmp_path, config):
+    made = plan(str(folder), config, **TINY)  # a folder with a config.json and nothing else
+    model, report = real(config, **SMALL)
+    assert made.report == report
+    assert sum(kind.count for kind in made.adapted) == len(report.rows)
+    assert sum(kind.parameters for kind in made.adapted) == report.trainable_parameters
+    file = save_adapter(model, tmp_path / "adapter") / "adapter_model.safetensors"
+    assert made.file_bytes == file.stat().st_size
+
+
+def test_what_is_not_adapted_is_told(tiny):
+    left = {kind.name: kind.count for kind in tiny.left_out}
+    assert left == {
+        "embed_tokens": 1,
+        "k_proj": 2,
+        "o_proj": 2,
+        "gate_proj": 2,
+        "up_proj": 2,
+        "down_proj": 2,
+        "lm_head": 1,
+    }
+
+
+def test_held_memory_is_counted_in_bytes(tiny):
+    trained = tiny.report.trainable_parameters
+    memory = tiny.memory
+    assert memory.adapter == memory.gradients == 4 * trained
+    assert memory.optimizer == 8 * trained
+    base = 4 * (tiny.report.total_parameters - trained)
+    assert base <= memory.weights <= base + 4096  # buffers of the rotary embedding
+    assert memory.total == pytest.approx(
+        memory.weights + 4 * memory.adapter + 1.3 * (memory.activations + max(memory.loss, memory.backward))
+    )
+
+
+def test_no_weight_is_read_and_large_models_take_no_memory():
+    made = plan("shape:llama-70b", rows=1, tokens=4096, device="cuda", memory=80 * 10**9, calibration=False)
+    assert made.report.total_parameters - made.report.trainable_parameters == 70_553_706_496
+    assert made.memory.weights == pytest.approx(2 * 70.55e9, rel=0.001)
+    assert made.fits is False
+    assert made.largest_batch == 0
+
+
+@pytest.mark.parametrize(
+    ("strategy", "weights", "gradients", "optimizer"),
+    [
+        ("ddp", 1, 1, 1),
+        ("fsdp", 4, 1, 1),
+        ("fsdp2", 4, 1, 1),
+        ("deepspeed_1", 1, 1, 4),
+        ("deepspeed_2", 1, 4, 4),
+        ("deepspeed_3", 4, 4, 4),
+    ],
+)
+def test_strategies_spread_what_they_spread(folder, strategy, weights, gradients, optimizer):
+    one = plan(str(folder), rows=1, tokens=32, **GPUS).memory
+    spread = plan(str(folder), rows=1, tokens=32, strategy=strategy, devices=4, **GPUS).memory
+    assert spread.weights == pytest.approx(one.weights / weights, rel=0.01)
+    assert spread.gradients == one.gradients / gradients
+    assert spread.optimizer == one.optimizer / optimizer
+    assert (spread.gathered > 0) == (weights > 1)
+    assert spread.activations == one.activations
+
+
+def test_tensor_parallel_divides_layers_and_their_activations(folder):
+    one = plan(str(folder), rows=1, tokens=32, **GPUS).memory
+    two = plan(str(folder), rows=1, tokens=32, strategy="tp", devices=2, tensor_parallel=2, **GPUS).memory
+    assert 0.5 * one.weights < two.weights < 0.7 * one.weights
+    assert 0.5 * one.adapter < two.adapter < one.adapter
+    assert 0.4 * one.activations < two.activations < one.activations
+    with pytest.raises(LoraConfigError, match="num_key_value_heads=2 cannot be divided by 4"):
+        plan(str(folder), rows=1, tokens=32, strategy="tp", devices=4, tensor_parallel=4, **GPUS)
+
+
+def test_few_bits_a_weight():
+    plain = plan("shape:qwen3-0.6b", rows=1, tokens=64, **GPUS).memory.weights
+    few = plan({"name": "shape:qwen3-0.6b", "quantisation": "nf4"}, rows=1, tokens=64, **GPUS).memory.weights
+    embedding = 2 * 151936 * 1024
+    assert (few - embedding) / (plain - embedding) == pytest.approx((4 + 0.127) / 16, rel=0.01)
+
+
+def test_the_largest_batch_fits_and_the_next_one_does_not(folder):
+    made = plan(str(folder), rows=2, tokens=64, memory=200 * 10**6, calibration=False)
+    most = made.largest_batch
+    assert made.with_rows(most).total <= 0.9 * 200e6 < made.with_rows(most + 1).total
+    assert made.fits
+    assert plan(str(folder), rows=most, tokens=64, memory=200 * 10**6, calibration=False).memory == made.with_rows(most)
+
+
+def test_a_plan_is_plain_numbers_and_a_table(tiny):
+    content = json.loads(json.dumps(tiny.to_dict()))
+    assert content["trainable_parameters"] == tiny.report.trainable_parameters
+    assert content["memory"]["total"] == tiny.memory.total
+    assert content["setting"]["lora"]["r"] == 4
+    text = str(tiny)
+    for words in ("q_proj", "Not adapted", "k_proj", "Activations", "Largest batch", size(tiny.file_bytes)):
+        assert words in text
+
+
+def test_side_by_side(folder):
+    plans = {f"r={r}": plan(str(folder), LoraConfig(r=r), **TINY) for r in (2, 8)}
+    table = comparison(plans)
+    assert [column.header for column in table.columns] == ["", "r=2", "r=8"]
+    assert next(iter(table.columns[2].cells)) == "8"
+
+
+def test_a_calibrated_plan_tells_time(folder):
+    made = plan(str(folder), rows=2, tokens=32)
+    assert made.seconds_per_1000_steps > 0
+    assert math.isfinite(made.seconds_per_1000_steps)
+
+
+def test_a_model_whose_code_wants_numbers_is_planned_as_far_as_can_be(folder, monkeypatch):
+    from transformers.models.llama.modeling_llama import LlamaModel
+
+    forward = LlamaModel.forward
+    monkeypatch.setattr(
+        LlamaModel,
+        "forward",
+        lambda self, input_ids, **kw: forward(self, input_ids[:, : int(input_ids.sum()) + 1], **kw),
+    )
+    made = plan(str(folder), **TINY)
+    assert made.memory.activations is None
+    assert made.fits is None
+    assert made.memory.weights > 0
+    assert "asks for numbers" in " ".join(made.notes)
+    assert "not known" in str(made)
+
+
+def test_what_is_wrong_is_told(tmp_path):
+    with pytest.raises(LoraConfigError, match=r"did you mean fsdp2?.*\n.*precision"):
+        Setting(ModelConfig("x"), LoraConfig(), strategy="fsdp22", precision="32")
+    with pytest.raises(LoraConfigError, match="did you mean llama-8b"):
+        plan("shape:llama8b")
+    with pytest.raises(LoraConfigError, match="did you mean q_proj"):
+        plan("demo:tiny-llama", LoraConfig(target_modules=["q_porj"]), **TINY)
+    with pytest.raises(LoraConfigError, match="memory must be a size"):
+        bytes_of("much")
+    BertConfig(architectures=["X"], num_hidden_layers=1, hidden_size=30, num_attention_heads=4).save_pretrained(
+        tmp_path
+    )
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 2_000_000)
+    with pytest.raises(LoraConfigError, match=r"cannot be built without its weights.*0\.00 GB"):
+        plan(str(tmp_path), **TINY)
+
+
+def test_remedies_keep_the_rows_of_a_step(folder):
+    setting = Setting(ModelConfig(str(folder)), LoraConfig(), rows=12, tokens=64, accumulate=2, memory=10**9)
+    found = remedies(setting)
+    first = dict(word.split("=") for word in found[0].settings.split())
+    rows, times = int(first["data.batch_size"]), int(first["trainer.accumulate_grad_batches"])
+    assert rows * times == 24
+    assert rows < 12
+    before = plan(setting.model, setting.lora, rows=12, tokens=64, memory=10**9, calibration=False)
+    assert found[0].total <= 0.7 * before.memory.total
+    assert any("gradient_checkpointing" in remedy.settings for remedy in found)
