@@ -9,6 +9,7 @@ from lora_lightning.adapters.facts import OUTSIDE_FILE, AdapterFacts
 from lora_lightning.adapters.folder import read_peft_config, read_record, read_weights, write_folder
 from lora_lightning.adapters.hub import adapter_folder, copy_tokenizer
 from lora_lightning.adapters.one_scale import with_one_scale
+from lora_lightning.adapters.pairs import refuse_changed_base
 from lora_lightning.adapters.tensor_file import read_tensors
 
 
@@ -45,6 +46,7 @@ def export_folder(
     )
     state = weights | outside
     if fold_scaling:
+        refuse_changed_base(config, str(source))
         facts, state = with_one_scale(facts, state)
     write_folder(facts, state, folder)
     copy_tokenizer(place, Path(folder))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lora_lightning.adapters.folder import check_finite, read_peft_config, read_weights
 from lora_lightning.adapters.hub import adapter_folder
-from lora_lightning.adapters.pairs import Pair, pairs_of
+from lora_lightning.adapters.pairs import Pair, pairs_of, refuse_changed_base
 from lora_lightning.adapters.written import refuse_existing, unwritten
 from lora_lightning.errors import AdapterError, did_you_mean
 
@@ -110,6 +110,7 @@ def write_gguf(
     place, path = adapter_folder(source), Path(path)
     config, weights = read_peft_config(place), read_weights(place)
     check_finite(weights)
+    refuse_changed_base(config, str(source))
     pairs = pairs_of(config, weights, str(source))
     text = base.get("text_config") or base
     architecture = _architecture(text, gguf)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lora_lightning.adapters.peft_names import PREFIX
 from lora_lightning.config import LoraConfig
+from lora_lightning.config_starts import changes_base
 from lora_lightning.errors import AdapterError
 from lora_lightning.injection.matching import matches, pattern_value
 
@@ -81,6 +82,26 @@ def pairs_of(config: Mapping[str, Any], weights: Mapping[str, Tensor], source: s
     if not pairs:
         raise AdapterError(f"{source} has no lora_A: there is no low-rank update in it")
     return pairs
+
+
+def refuse_changed_base(config: Mapping[str, Any], source: str) -> None:
+    """Raise where an adapter is for weights that its start has changed, and not for the base as everybody has it.
+
+    So PEFT saves PiSSA, OLoRA and LoftQ unless it is told to convert them; what is saved here is for the base itself.
+
+    Raises:
+        AdapterError: With the way to one that is for the base.
+    """
+    how = config.get("init_lora_weights", True)
+    if not changes_base(how):
+        return
+    remedy = "Make one that is: load_adapter(model, folder) over the base, and save_adapter(model, another folder)"
+    if how == "loftq":
+        remedy = "Train from another start for that, or merge it into the base as LoftQ has rounded it"
+    raise AdapterError(
+        f"{source} has init_lora_weights={how!r}: its update is for weights that this start has changed, and not for "
+        f"the base as others have it. {remedy}"
+    )
 
 
 def of_config(config: Mapping[str, Any]) -> LoraConfig:

@@ -23,7 +23,7 @@ from torch import Tensor
 from lora_lightning.adapters.facts import OUTSIDE_FILE, AdapterFacts
 from lora_lightning.adapters.folder import check_finite, read_peft_config, read_record, read_weights, write_folder
 from lora_lightning.adapters.hub import adapter_folder, copy_tokenizer
-from lora_lightning.adapters.pairs import Pair, of_config, pairs_of
+from lora_lightning.adapters.pairs import Pair, of_config, pairs_of, refuse_changed_base
 from lora_lightning.adapters.spectrum import update_svd, used_rank
 from lora_lightning.adapters.tensor_file import read_tensors
 from lora_lightning.adapters.written import new_folder, refuse_existing
@@ -123,6 +123,7 @@ def resize_adapter(
     place = adapter_folder(source)
     config, weights = read_peft_config(place), read_weights(place)
     check_finite(weights)
+    refuse_changed_base(config, str(source))
     tied = _tied(config, weights)
     pairs = pairs_of(config, {key: value for key, value in weights.items() if key not in tied}, str(source))
     trained = max(pair.r for pair in pairs)
@@ -235,13 +236,9 @@ def _settings(pairs: Sequence[Pair], config: Mapping[str, Any]) -> dict[str, Any
         "lora_alpha": alpha,
         "rank_pattern": _patterns({name: each[0] for name, each in by_name.items()}, r),
         "alpha_pattern": _patterns({name: each[1] for name, each in by_name.items()}, alpha),
+        "init_lora_weights": True,  # how it began says nothing any more
     }
-    if (
-        config.get("init_lora_weights") != "loftq"
-    ):  # that one says how the base is rounded, the others only how it began
-        fields["init_lora_weights"] = True
-        fields |= {name: None for name in ("eva_config", "corda_config", "lora_ga_config") if name in config}
-    return fields
+    return fields | {name: None for name in ("eva_config", "corda_config", "lora_ga_config") if name in config}
 
 
 def _patterns(values: Mapping[str, float], default: float) -> dict[str, float]:

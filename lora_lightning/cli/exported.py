@@ -8,13 +8,13 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from lora_lightning.adapters import adapter_folder, push_adapter, write_gguf
+from lora_lightning.adapters import adapter_folder, push_adapter, read_record, write_gguf
 from lora_lightning.adapters.export import export_folder
 from lora_lightning.adapters.folder import check_folder
 from lora_lightning.adapters.hub import id_of
 from lora_lightning.adapters.written import new_folder, refuse_existing
 from lora_lightning.cli.adapted import base_of
-from lora_lightning.errors import LoraConfigError
+from lora_lightning.errors import AdapterError, LoraConfigError
 from lora_lightning.reports.card import Subject, write_card
 from lora_lightning.tasks.demo import original_of
 from lora_lightning.tasks.hub_errors import explained
@@ -60,6 +60,7 @@ def export(
         raise LoraConfigError("--hub sends an adapter folder: leave --gguf out, or send the file with `hf upload`")
     place = adapter_folder(adapter)
     config = check_folder(place)
+    _refuse_chain(place, form)
     with new_folder(folder) as aside:
         if form == "gguf":
             model = base_of(adapter, config, base, trust_remote_code=trust_remote_code)
@@ -78,6 +79,17 @@ def export(
     _say_where_base_is(base or config.get("base_model_name_or_path"), form)
     if hub is not None:
         print(push_adapter(folder, hub, private=private or None, create_pr=pull_request))
+
+
+def _refuse_chain(place: Path, form: str) -> None:
+    """Servers put an adapter over the base as everybody has it, and not over one with others folded in."""
+    chain = read_record(place).get("bases")
+    if not chain:
+        return
+    message = f"{place} was trained over a base with {', '.join(chain)} folded in, and is nothing without that"
+    if form != "peft":
+        raise AdapterError(f"{message}. Write the whole model instead: lora-lightning merge {place} <folder>")
+    print(f"{message}: the card says so, and whoever loads it needs those too", file=sys.stderr)
 
 
 def _config_of(model: ModelConfig) -> dict[str, Any]:

@@ -155,7 +155,11 @@ def _summary(subject: Subject, config: Mapping[str, Any], base: str | None) -> s
     ]
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         sentences.append("Some layers have a rank or a scale of their own: see `adapter_config.json`.")
-    if cut := read_record(subject.adapter).get("resized"):
+    record = read_record(subject.adapter)
+    if chain := record.get("bases"):
+        below = ", ".join(f"`{parts.public(each)}`" for each in chain)
+        sentences.append(f"It goes over that base with {below} folded in, in this order.")
+    if cut := record.get("resized"):
         sentences.append(f"Cut down from rank {cut['from']}; {cut['kept']:.2%} of ‖ΔW‖² were kept.")
     if subject.form == "vllm":
         sentences.append("Every layer's scale is folded into its B, so that one scale is right for all.")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig as PeftConfig
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
@@ -24,6 +26,8 @@ from lora_lightning import (
     save_adapter,
     unload_lora,
 )
+from lora_lightning.adapters import write_gguf
+from lora_lightning.adapters.export import export_folder
 from lora_lightning.injection.state import lora_layers
 
 SIZES = {
@@ -308,6 +312,33 @@ def test_mistakes_are_told_and_nothing_is_written(shake, tmp_path):
         resize_adapter(tmp_path / "wide", tmp_path / "small", r=2)
     assert not list((tmp_path / "small").iterdir())
     assert not [each for each in tmp_path.iterdir() if each.name.startswith(".")]
+
+
+def test_an_adapter_for_weights_that_pissa_has_changed_is_converted_first(tmp_path):
+    """PEFT saves it so unless it is told to convert."""
+    base = llama()
+    theirs = get_peft_model(
+        copy.deepcopy(base), PeftConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa")
+    ).eval()
+    with torch.no_grad():
+        for name, value in theirs.named_parameters():
+            if "lora_B" in name:
+                value.add_(torch.randn_like(value))
+    expected = outputs(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(AdapterError, match=r"has init_lora_weights='pissa': .* save_adapter\(model, another folder\)"):
+        resize_adapter(tmp_path / "theirs", tmp_path / "small", r=2)
+    with pytest.raises(AdapterError, match="has init_lora_weights='pissa'"):
+        write_gguf(tmp_path / "theirs", tmp_path / "a.gguf", base.config.to_dict())
+    with pytest.raises(AdapterError, match="has init_lora_weights='pissa'"):
+        export_folder(tmp_path / "theirs", tmp_path / "served", fold_scaling=True)
+    model = copy.deepcopy(base)
+    load_adapter(model, tmp_path / "theirs")
+    save_adapter(model, tmp_path / "converted")
+    resize_adapter(tmp_path / "converted", tmp_path / "small", r=8)
+    again = copy.deepcopy(base)
+    load_adapter(again, tmp_path / "small")
+    torch.testing.assert_close(outputs(again), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_file_that_contradicts_its_config(shake, tmp_path):

@@ -134,6 +134,18 @@ def test_an_adapter_alone_tells_what_it_knows(tmp_path, capsys):
     torch.testing.assert_close(logits(tmp_path / "out"), logits(tmp_path / "mine"))
 
 
+def test_an_adapter_over_another_one_says_so(smoke, tmp_path, capsys):
+    run, _ = smoke
+    shutil.copytree(run / "adapter", tmp_path / "second")
+    record = json.loads((tmp_path / "second/lora_lightning.json").read_text()) | {"bases": ["/home/me/first"]}
+    (tmp_path / "second/lora_lightning.json").write_text(json.dumps(record))
+    for form in ("--vllm", "--gguf"):
+        assert "lora-lightning merge" in refused(capsys, tmp_path / "second", tmp_path / "out", form)
+    main([str(tmp_path / "second"), str(tmp_path / "out")])
+    assert "over a base with /home/me/first folded in" in capsys.readouterr().err
+    assert "It goes over that base with `first` folded in" in (tmp_path / "out/README.md").read_text()
+
+
 def test_mistakes_are_told_and_nothing_is_left(smoke, tmp_path, capsys):
     run, _ = smoke
     out = tmp_path / "out"
