@@ -11,7 +11,11 @@ from lora_lightning.reports.plan.table import duration, size
 
 
 def comparison(plans: Mapping[str, Plan]) -> Table:
-    """A column for each plan, under its name."""
+    """A table with a column for each plan.
+
+    Args:
+        plans: By what stands over their columns.
+    """
     table = Table("", *plans)
     for column in table.columns[1:]:
         column.justify = "right"

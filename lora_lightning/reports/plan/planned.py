@@ -67,6 +67,7 @@ class Plan:
         flops_per_token: Forward and backward; None where it is not known.
         seconds_per_1000_steps: On this machine; None where it was not measured.
         notes: What else is to be known.
+        with_rows: The memory of the same training with so many rows in a batch.
     """
 
     setting: Setting
@@ -81,7 +82,6 @@ class Plan:
     seconds_per_1000_steps: float | None = None
     notes: list[str] = field(default_factory=list)
     with_rows: Callable[[int], Memory] = field(default=_nothing, repr=False, compare=False)
-    """The memory of the same training with so many rows in a batch."""
 
     @property
     def fits(self) -> bool | None:
@@ -150,7 +150,12 @@ def plan(
 
 
 def plan_of(setting: Setting, *, calibration: bool = True) -> Plan:
-    """As `plan`, of settings that stand together already."""
+    """As `plan`, of settings that stand together already.
+
+    Args:
+        setting: What is planned.
+        calibration: Measure for five seconds how fast this machine is; else no time is told.
+    """
     config = own_config(setting)
     ghost, report = _adapted(setting, config)
     root = root_of(ghost.model)
