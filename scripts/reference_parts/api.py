@@ -19,6 +19,8 @@ MODULES = {
     "lora_lightning.tasks": "LightningModules over transformers models.",
     "lora_lightning.data": "LightningDataModules.",
     "lora_lightning.reports": "What a run tells.",
+    "lora_lightning.reports.plan": "What a training would take, before it runs.",
+    "lora_lightning.reports.advice": "What a run's figures say about its settings.",
     "lora_lightning.adapters": "Files, beside what `lora_lightning` has itself.",
 }
 
@@ -30,6 +32,7 @@ def public() -> dict[str, dict[str, Any]]:
     for module in MODULES:
         home = importlib.import_module(module)
         members = {name: getattr(home, name) for name in sorted(home.__all__, key=str.lower)}
+        members = {name: value for name, value in members.items() if callable(value)}
         found[module] = {name: value for name, value in members.items() if id(value) not in seen}
         seen |= {id(value) for value in members.values()}
     return found
@@ -42,12 +45,12 @@ def parsed(documented: Any) -> Docstring:
 
 def methods(cls: type) -> dict[str, Any]:
     """What a class adds: its own public methods that override none of a base class."""
-    own = {name: value for name, value in vars(cls).items() if not name.startswith("_")}
     inherited = {name for base in cls.__mro__[1:] for name in vars(base)}
+    functions = {name: getattr(value, "__func__", value) for name, value in vars(cls).items()}
     return {
-        name: getattr(value, "__func__", value)
-        for name, value in own.items()
-        if name not in inherited and inspect.isfunction(getattr(value, "__func__", value))
+        name: function
+        for name, function in functions.items()  # a field's default is a function of another name
+        if inspect.isfunction(function) and function.__name__ == name and name not in inherited and name[0] != "_"
     }
 
 

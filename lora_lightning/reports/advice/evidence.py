@@ -91,7 +91,11 @@ class Evidence:
         return lowest < first and last - lowest > max(0.05 * (first - lowest), 0.005 * abs(lowest))
 
     def given(self, key: str) -> bool:
-        """Whether a setting was given on the command line."""
+        """Whether a setting was given on the command line.
+
+        Args:
+            key: Its name, dotted.
+        """
         return any(str(each).lstrip("+").partition("=")[0] == key for each in self.result.get("overrides") or ())
 
 
@@ -101,6 +105,9 @@ def evidence_of(folder: str | os.PathLike[str], result: Mapping[str, Any] | None
     Args:
         folder: The run's folder.
         result: What ``result.json`` is going to say, while it is not yet written.
+
+    Returns:
+        What there is.
 
     Raises:
         AdapterError: If it is no run's folder, or a file in it cannot be read.

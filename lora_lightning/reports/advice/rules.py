@@ -30,7 +30,11 @@ RULES: tuple[Rule, ...] = (
 
 
 def judge(evidence: Evidence) -> list[Advice]:
-    """What the rules say of what a run has left; warnings first."""
+    """What the rules say of what a run has left; warnings first.
+
+    Args:
+        evidence: What was read in its folder.
+    """
     found = [advice for rule in RULES for advice in rule(evidence)]
     return sorted(found, key=lambda advice: SEVERITIES.index(advice.severity))
 
@@ -49,7 +53,12 @@ def advise(folder: str | os.PathLike[str], result: Mapping[str, Any] | None = No
 
 
 def leave_advice(folder: Path, result: Mapping[str, Any]) -> list[Advice]:
-    """Advice at the end of a run, written to ``advice.md`` in its folder. A run does not fail for it: that warns."""
+    """Advice at the end of a run, written to ``advice.md`` in its folder. A run does not fail for it: that warns.
+
+    Args:
+        folder: The run's folder.
+        result: What ``result.json`` is going to say.
+    """
     try:
         evidence = evidence_of(folder, result)
         found = judge(evidence)

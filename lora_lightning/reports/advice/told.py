@@ -15,7 +15,11 @@ _NOTHING = "Nothing in the curves and in the layers asks for another setting."
 
 
 def advice_table(advice: Sequence[Advice]) -> RenderableType:
-    """Advice as it stands under the table at the end of a run."""
+    """Advice as it stands under the table at the end of a run.
+
+    Args:
+        advice: What :func:`judge` found; nothing is told too.
+    """
     table = Table(title="Advice", title_justify="left", show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -30,7 +34,11 @@ def advice_table(advice: Sequence[Advice]) -> RenderableType:
 
 
 def as_markdown(advice: Sequence[Advice]) -> str:
-    """Advice as a page, with the numbers behind each sentence."""
+    """Advice as a page, with the numbers behind each sentence.
+
+    Args:
+        advice: What :func:`judge` found.
+    """
     parts = ["# Advice", *([] if advice else [_NOTHING])]
     for each in advice:
         parts += [f"## {each.rule.capitalize()} ({each.severity})", each.sentence]

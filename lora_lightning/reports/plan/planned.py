@@ -157,7 +157,7 @@ def plan_of(setting: Setting, *, calibration: bool = True) -> Plan:
         calibration: Measure for five seconds how fast this machine is; else no time is told.
     """
     config = own_config(setting)
-    ghost, report = _adapted(setting, config)
+    ghost, report = adapted(setting, config)
     root = root_of(ghost.model)
     there = budget.available(setting)
     notes = _notes(setting)
@@ -193,7 +193,8 @@ def plan_of(setting: Setting, *, calibration: bool = True) -> Plan:
     )
 
 
-def _adapted(setting: Setting, config: Any) -> tuple[Ghost, LoraReport]:
+def adapted(setting: Setting, config: Any) -> tuple[Ghost, LoraReport]:
+    """A model without numbers, of a config of its own, with its adapter; and what was adapted."""
     ghost = Ghost(setting, config)
     lora = setting.lora if setting.lora.task_type else replace(setting.lora, task_type=TASKS[setting.task])
     with ghost.active():
@@ -217,7 +218,7 @@ def _cost(setting: Setting, config: Any, ghost: Ghost, there: int | None, notes:
         if (narrow := narrowed(config, setting.tensor_parallel)) is None:
             notes.append("activations are those of the whole layers: how they are divided is not known for this model")
         else:
-            part, _ = _adapted(setting, narrow)
+            part, _ = adapted(setting, narrow)
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(part.active())
