@@ -17,7 +17,8 @@ from lora_lightning.injection import unload_lora
 
 Metrics = dict[str, dict[str, float]]
 # One process of this machine measures what any number of them may have trained.
-_HERE = {"devices": 1, "num_nodes": 1, "strategy": "auto", "profiler": None}
+_HERE = {"accelerator": "auto", "devices": 1, "num_nodes": 1, "strategy": "auto", "profiler": None}
+_PLAIN = {"compile": False, "in_parts": False}
 
 
 def run_metrics(run: Path, adapters: Mapping[str, str | Path | None], base: str | None = None) -> Metrics:
@@ -36,6 +37,7 @@ def run_metrics(run: Path, adapters: Mapping[str, str | Path | None], base: str 
         AdapterError: An adapter does not fit.
     """
     cfg = config_of(run)
+    cfg.model.update(_PLAIN)
     if base is not None:
         cfg.model.name, cfg.model.revision = base, None
     with tempfile.TemporaryDirectory() as nowhere:
