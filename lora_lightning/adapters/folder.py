@@ -31,6 +31,7 @@ from lora_lightning.adapters.hub import adapter_folder
 from lora_lightning.adapters.joined import is_start, joined
 from lora_lightning.adapters.one_scale import with_one_scale
 from lora_lightning.adapters.peft_config import from_peft_config
+from lora_lightning.adapters.peft_embeddings import warn_of_other_rows, whole_embeddings
 from lora_lightning.adapters.peft_names import PREFIX, as_written_here, peft_names, prefix_hint
 from lora_lightning.adapters.peft_notes import attentions_in, warn_of_peft, without_unused
 from lora_lightning.adapters.tensor_file import is_finite, names_in, read_tensors, write_tensors
@@ -44,6 +45,7 @@ from lora_lightning.injection.beside import token_rows
 from lora_lightning.injection.inject import inject_unfilled
 from lora_lightning.injection.matching import pattern_value
 from lora_lightning.injection.names import find_root, join, unwrap
+from lora_lightning.injection.starts.residual import weight_before
 from lora_lightning.injection.state import (
     adapter_tensors,
     injected_roots,
@@ -147,8 +149,14 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trainable:
         names = {key: join(prefix, name) for name, key in peft_names(root).items()}
         weights = without_unused(without_tied(weights, root, str(folder)), attentions_in(root), str(folder))
         copies = {f"{PREFIX}{name}{BASE_COPY}" for name, _ in (*lora_layers(root), *token_rows(root))}
+        plain = {name: layer for name, layer in lora_layers(root) if weight_before(layer) is None}
+        warn_of_other_rows(
+            {f"{PREFIX}{name}{BASE_COPY}": layer.weight for name, layer in plain.items()}, weights, str(folder)
+        )
         given = {names.get(key, key): value for key, value in weights.items() if key not in copies}
-        hint = prefix_hint(*([key for key in keys if not key.endswith(_UNSAVED)] for keys in (weights, names)))
+        hint = whole_embeddings(root, weights) or prefix_hint(
+            *([key for key in keys if not key.endswith(_UNSAVED)] for keys in (weights, names))
+        )
         given |= _read_outside(folder, model)
         own = {name for name in adapter_tensors(model) if not is_start(name)}
         _check_fit(root, config, given, own, folder, hint)
@@ -280,6 +288,8 @@ def _check_fit(
 ) -> None:
     """Refuse a file that leaves part of the adapter out, or that means another scale than the layers have."""
     problems = []
+    if hint and not own - given.keys():
+        problems.append(hint)
     if missing := sorted(name for name in own - given.keys() if not name.endswith(STATISTICS)):
         problems.append(f"missing: {', '.join(missing[:4])}" + (f" and {len(missing) - 4} more" if missing[4:] else ""))
         problems += [hint] if hint else []
