@@ -143,7 +143,7 @@ def test_a_grid_with_two_processes_a_job_is_that_of_lora_local(command, tmp_path
 
 def test_a_job_on_several_machines_would_wait_for_ever_and_is_refused(command, tmp_path):
     words = ("-m", "experiment=smoke", "hydra/launcher=basic", "trainer.num_nodes=2", "hydra.sweep.dir=out")
-    done = command(TRAIN, *words, cwd=tmp_path, timeout=60)
+    done = command(TRAIN, *words, cwd=tmp_path)
     assert done.returncode == 1
     assert "trainer.num_nodes=2, and a job of a sweep runs on one machine" in done.stderr
     assert "Traceback" not in done.stderr
@@ -152,7 +152,7 @@ def test_a_job_on_several_machines_would_wait_for_ever_and_is_refused(command, t
 def test_what_another_launcher_would_pass_over_is_refused(command, tmp_path):
     words = ("-m", "experiment=smoke", "hydra/launcher=basic", "lora.r=2,4", "hydra.sweep.dir=out")
     ours = ("sweep.dry_run=true", "sweep.fail_fast=true", "sweep.jobs_per_device=2")
-    done = command(TRAIN, *words, *ours, cwd=tmp_path, timeout=60)
+    done = command(TRAIN, *words, *ours, cwd=tmp_path)
     assert done.returncode == 1
     assert f"{', '.join(ours)}: only hydra/launcher=lora_local and lora_packed" in done.stderr
     assert not (tmp_path / "out").exists()
