@@ -105,7 +105,7 @@ def _kind(annotation: Any) -> str:
 
 
 def _default(value: Any) -> str:
-    return "…" if "object at 0x" in repr(value) or "<factory>" in repr(value) else repr(value)
+    return "…" if " at 0x" in repr(value) or "<factory>" in repr(value) else repr(value)
 
 
 def _first(documented: Any) -> str:
