@@ -16,7 +16,7 @@ CHECKS = (
     Check("precision", precision, 30),
     Check("memory", memory, 10),
     Check("disk", disk, 10),
-    Check("processes", processes, 120),
+    Check("processes", processes, 240),
     Check("hub", hub, 15),
     Check("tokens", tokens, 10),
     Check("training", training, 240),
