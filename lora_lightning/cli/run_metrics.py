@@ -10,7 +10,8 @@ from typing import cast
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
 
-from lora_lightning.adapters import load_adapter
+from lora_lightning.adapters import load_adapter, read_record
+from lora_lightning.adapters.merge import fold_in
 from lora_lightning.cli.build import Parts, make_parts, make_trainer, prepare
 from lora_lightning.errors import LoraConfigError
 from lora_lightning.injection import unload_lora
@@ -26,7 +27,8 @@ def run_metrics(run: Path, adapters: Mapping[str, str | Path | None], base: str 
 
     Args:
         run: The folder of a run, whose ``config.yaml`` says model, data and batches.
-        adapters: An adapter folder, or None for the base alone, by what to call it.
+        adapters: An adapter folder, or None for the base alone, by what to call it; all over the same base: adapters
+            that were folded into it before the first of them was trained are folded in here.
         base: Another base model than the run's: name or folder.
 
     Returns:
@@ -44,7 +46,14 @@ def run_metrics(run: Path, adapters: Mapping[str, str | Path | None], base: str 
         cfg.trainer.update(_HERE | {"default_root_dir": nowhere})
         prepare(cfg)
         parts, trainer = make_parts(cfg), make_trainer(cfg, [], [])
+        for earlier in _below(adapters):
+            fold_in(parts.task, earlier)
         return {name: _measured(trainer, parts, adapter) for name, adapter in adapters.items()}
+
+
+def _below(adapters: Mapping[str, str | Path | None]) -> list[str]:
+    """The adapters that belong below these, folded into the base in this order."""
+    return next((read_record(each).get("bases", []) for each in adapters.values() if each is not None), [])
 
 
 def config_of(run: Path) -> DictConfig:

@@ -9,9 +9,14 @@ import sys
 
 import pytest
 
+from lora_lightning import LoraConfig, inject_lora, save_adapter
+from lora_lightning.adapters.folder import chain_of
+from lora_lightning.adapters.merge import fold_in
 from lora_lightning.cli.resize import main
 from lora_lightning.cli.run_metrics import run_metrics
 from lora_lightning.errors import LoraConfigError
+from lora_lightning.injection.state import record_of
+from lora_lightning.tasks import ModelConfig, load_model
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +70,18 @@ def test_of_each_layer_and_without_a_loss(smoke, tmp_path, capsys):
     assert "val_loss" not in screen
     assert "The loss was not measured" in screen
     assert json.loads((tmp_path / "small/adapter_config.json").read_text())["rank_pattern"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_over_another_one_is_measured_over_that(smoke, tmp_path):
+    run, _ = smoke
+    model = load_model(ModelConfig("demo:tiny-llama"), "causal_lm")
+    fold_in(model, run / "adapter")
+    inject_lora(model, LoraConfig(r=2))  # does nothing yet
+    record_of(model).bases = chain_of(run / "adapter")
+    save_adapter(model, tmp_path / "second")
+    metrics = run_metrics(run, {"second": tmp_path / "second"})["second"]
+    assert metrics["val_loss"] == pytest.approx(json.loads((run / "result.json").read_text())["val_loss"], rel=1e-3)
 
 
 def test_mistakes_are_told(smoke, tmp_path, capsys):
