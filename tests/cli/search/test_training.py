@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from tests.cli.conftest import ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_starts")]
 TRAIN = ROOT / "scripts" / "train.py"
 SHORT = ["experiment=smoke", "callbacks=minimal", "trainer.max_steps=4", "trainer.val_check_interval=2"]
 _SEEN = """
