@@ -198,7 +198,9 @@ def _adapted(run: Run) -> dict[str, Any] | None:
         "layers": layers,
         "trains": f"{adapted['trainable_parameters']:,}",
         "total": f"{adapted['total_parameters']:,}",
-        "percent": f"{adapted['trainable_parameters'] / max(1, adapted['total_parameters']):.2%}".replace("%", "\N{NO-BREAK SPACE}%"),
+        "percent": f"{adapted['trainable_parameters'] / max(1, adapted['total_parameters']):.2%}".replace(
+            "%", "\N{NO-BREAK SPACE}%"
+        ),
     }
 
 
