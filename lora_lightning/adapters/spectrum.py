@@ -59,6 +59,7 @@ class Spectrum:
             latter where all directions are alike.
         stable_rank: ``‖ΔW‖_F² / ‖ΔW‖₂²``, between 1 and the rank; small ``σ`` hardly count.
         used: How many of the largest ``σ`` it takes to hold 99 % of ``‖ΔW‖_F²``.
+        used_95: The same for 95 %, where the little that an optimizer leaves in every direction counts less.
         norm: ``‖ΔW‖_F``.
     """
 
@@ -66,6 +67,7 @@ class Spectrum:
     effective_rank: float
     stable_rank: float
     used: float
+    used_95: float
     norm: float
 
     @property
@@ -193,9 +195,10 @@ def _summed_up(sigma: Tensor, rank: int) -> Spectrum:
     """``(n, k)`` to what it tells."""
     moved = sigma[sigma[:, 0] > 0]
     if not len(moved):
-        return Spectrum(rank, 0.0, 0.0, 0.0, 0.0)
-    means = [float(each(moved).double().mean()) for each in (effective_rank, stable_rank, used_rank)]
-    return Spectrum(rank, *means, norm=float(torch.linalg.vector_norm(sigma)))
+        return Spectrum(rank, 0.0, 0.0, 0.0, 0.0, 0.0)
+    found = (effective_rank(moved), stable_rank(moved), used_rank(moved), used_rank(moved, 0.95))
+    means = [float(each.double().mean()) for each in found]
+    return Spectrum(rank, *means, float(torch.linalg.vector_norm(sigma)))
 
 
 def _matrices(layer: LoraLayer, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from lora_lightning.reports.advice.evidence import Evidence
 from lora_lightning.reports.advice.kinds import Advice, counted, percent
 from lora_lightning.reports.insight.rows import InsightRow
 
-EVEN = 0.35
+EVEN = 0.3
 """A layer's rank is short where all of it is used and its stable rank is more than this share of it."""
 MOST = 0.5
 """The rank of all is short where that of so many layers is, and a kind's where that of so many of the kind is."""
@@ -55,23 +55,21 @@ def saturated(evidence: Evidence) -> Iterator[Advice]:
 
 
 def unused(evidence: Evidence) -> Iterator[Advice]:
-    """Half of the rank would hold what nearly every layer has learned."""
+    """Half of the rank, or less, would hold what nearly every layer has learned."""
     rows, r = evidence.adapted, evidence.r
-    if len(rows) < 2 or r is None or r < 4 or any(row.r != r for row in rows):
+    needed = sorted(row.rank_95 for row in rows if row.rank_95 is not None)
+    if r is None or len(needed) < 2 or any(row.r != r for row in rows):
         return
-    needed = sorted(row.used or 0.0 for row in rows)[int(0.95 * (len(rows) - 1))]
-    if needed <= 0:
-        return
-    lower = max(2, 1 << (math.ceil(needed) - 1).bit_length())
+    most = needed[int(0.95 * (len(needed) - 1))]
+    lower = max(2, 1 << (math.ceil(most) - 1).bit_length()) if most else r
     if lower > r // 2:
         return
-    held = sum((row.used or 0) <= lower for row in rows) / len(rows)
     yield Advice(
         "rank unused",
         "hint",
-        f"{needed:.0f} of {r} directions hold 99 % of the update in nearly every layer. The same validation loss is "
+        f"{most:.0f} of {r} directions hold 95 % of the update in nearly every layer. The same validation loss is "
         f"expected at r={lower}, with {percent(1 - lower / r)} fewer parameters to train and to store.",
-        {"r": r, "used_95th_percentile": needed, "suggested_r": lower, "layers_that_fit": held},
+        {"r": r, "needed_mean": fmean(needed), "needed_95th_percentile": most, "suggested_r": lower},
         with_rank(evidence, lower),
     )
 

@@ -82,6 +82,7 @@ def _columns(spectrum: Spectrum, base: float | None) -> dict[str, Any]:
         "effective_rank": spectrum.effective_rank,
         "stable_rank": spectrum.stable_rank,
         "rank_used": spectrum.rank_used,
+        "rank_95": spectrum.used_95,
         "relative_norm": spectrum.norm / base if base else None,
     }
 

@@ -25,6 +25,7 @@ class InsightRow:
         effective_rank: Of ``ΔW``: ``exp`` of the entropy of its singular values (Roy and Vetterli 2007).
         stable_rank: ``‖ΔW‖_F² / ‖ΔW‖₂²``.
         rank_used: The share of ``rank`` that holds 99 % of ``‖ΔW‖_F²``.
+        rank_95: How many directions hold 95 % of ``‖ΔW‖_F²``.
         relative_norm: ``‖ΔW‖_F / ‖W‖_F``.
         grad_norm_A: Norm of the gradient of ``A`` in the step before, not clipped.
         grad_norm_B: The same of ``B``.
@@ -38,15 +39,11 @@ class InsightRow:
     effective_rank: float | None = None
     stable_rank: float | None = None
     rank_used: float | None = None
+    rank_95: float | None = None
     relative_norm: float | None = None
     grad_norm_A: float | None = None
     grad_norm_B: float | None = None
     parameters: int | None = None
-
-    @property
-    def used(self) -> float | None:
-        """How many of the ``r`` directions hold 99 % of ``‖ΔW‖_F²``."""
-        return None if self.rank_used is None else self.rank_used * self.r
 
 
 COLUMNS = tuple(field.name for field in fields(InsightRow))

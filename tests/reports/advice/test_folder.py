@@ -12,7 +12,7 @@ from lora_lightning.reports.insight.rows import InsightRow, append_rows
 
 def layers(step, r=2, stable=1.2):
     return [
-        InsightRow(step, f"layers.{block}.q_proj", r, r, r, stable, 1.0, 0.05, 0.1, 0.1, 1000) for block in range(4)
+        InsightRow(step, f"layers.{block}.q_proj", r, r, r, stable, 1.0, r, 0.05, 0.1, 0.1, 1000) for block in range(4)
     ]
 
 

@@ -14,12 +14,14 @@ from lora_lightning.reports.insight import InsightRow
 KINDS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
 
 
-def rows(r=16, used=0.8, stable=0.13, step=60, blocks=4, kinds=KINDS, **fields):
+def rows(r=16, used=0.8, stable=0.13, needed=12.0, step=60, blocks=4, kinds=KINDS, **fields):
     """Layers as a run leaves them: by default as the demo does, most of the rank used and most of it little."""
     fields = {"relative_norm": 0.05, "grad_norm_A": 0.1, "grad_norm_B": 0.2, "parameters": 1000} | fields
     names = [f"model.layers.{block}.{kind}" for block in range(blocks) for kind in kinds]
     return [
-        InsightRow(step, name, r, r, effective_rank=0.75 * r, stable_rank=stable * r, rank_used=used, **fields)
+        InsightRow(
+            step, name, r, r, effective_rank=0.75 * r, stable_rank=stable * r, rank_used=used, rank_95=needed, **fields
+        )
         for name in names
     ]
 
@@ -97,11 +99,10 @@ def test_a_rank_that_suffices_is_not_raised(evidence):
 
 
 def test_a_rank_of_which_little_is_used_is_too_large():
-    ample = with_lora(replace(HEALTHY, rows=rows(r=64, used=11 / 64, stable=0.05)), r=64, lora_alpha=128)
+    ample = with_lora(replace(HEALTHY, rows=rows(r=64, needed=11, stable=0.05)), r=64, lora_alpha=128)
     advice = the("rank unused", ample)
     assert advice.override == "lora.r=16"
     assert "11 of 64" in advice.sentence
-    assert advice.numbers["layers_that_fit"] == 1
     own_alpha = replace(ample, result={"overrides": ["lora.r=64", "lora.lora_alpha=128"]})
     assert the("rank unused", own_alpha).override == "lora.r=16 lora.lora_alpha=32"
     rslora = with_lora(own_alpha, use_rslora=True)
@@ -113,10 +114,10 @@ def test_a_rank_of_which_little_is_used_is_too_large():
 @pytest.mark.parametrize(
     "layers",
     [
-        rows(r=64, used=33 / 64),
-        rows(r=64, used=8 / 64)[:9] + rows(r=64, used=50 / 64)[9:],  # a quarter of the layers needs it
-        rows(r=16, used=1 / 16)[:6] + rows(r=32, used=1 / 16)[6:],  # somebody has thought about it
-        rows(r=16, used=0.0),
+        rows(r=64, needed=33),
+        rows(r=64, needed=8)[:9] + rows(r=64, needed=50)[9:],  # a quarter of the layers needs it
+        rows(r=16, needed=1)[:6] + rows(r=32, needed=1)[6:],  # somebody has thought about it
+        rows(r=16, needed=0),
     ],
 )
 def test_a_rank_that_is_needed_is_not_lowered(layers):
@@ -240,7 +241,7 @@ def every_override():
         replace(HEALTHY, rows=of_kind),
         replace(HEALTHY, rows=still),
         replace(HEALTHY, validated=OVERFIT),
-        with_lora(replace(HEALTHY, rows=rows(r=64, used=0.1)), r=64),
+        with_lora(replace(HEALTHY, rows=rows(r=64, needed=7)), r=64),
     ):
         yield from (advice.override for advice in judge(evidence))
 
@@ -255,5 +256,5 @@ def test_overrides_are_such_as_the_command_line_takes(composed):
 
 
 def test_warnings_come_first():
-    both = replace(HEALTHY, rows=rows(r=64, used=0.1), validated=OVERFIT)
+    both = replace(HEALTHY, rows=rows(r=64, needed=7), validated=OVERFIT)
     assert [advice.severity for advice in judge(with_lora(both, r=64))] == ["warning", "hint"]

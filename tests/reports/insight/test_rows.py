@@ -7,9 +7,9 @@ from lora_lightning.reports.insight.places import Place, places_of
 from lora_lightning.reports.insight.rows import InsightRow, append_rows, go_on, latest, read_rows
 
 ROWS = [
-    InsightRow(10, "layers.0.q_proj", 16, 16, 7.5, 2.25, 0.5, 0.125, 0.25, 0.5, 4096),
+    InsightRow(10, "layers.0.q_proj", 16, 16, 7.5, 2.25, 0.5, 6.0, 0.125, 0.25, 0.5, 4096),
     InsightRow(10, "layers.0.k_proj", 0, parameters=1024),
-    InsightRow(20, "layers.0.q_proj", 16, 16, 9.5, 2.5, 0.75, 0.25, parameters=4096),
+    InsightRow(20, "layers.0.q_proj", 16, 16, 9.5, 2.5, 0.75, 8.0, 0.25, parameters=4096),
 ]
 
 
@@ -19,9 +19,7 @@ def test_what_is_written_is_read(tmp_path):
     append_rows(path, ROWS[2:])
     assert read_rows(path) == ROWS
     assert latest(read_rows(path)) == ROWS[2:]
-    assert path.read_text().splitlines()[2] == "10,layers.0.k_proj,0,,,,,,,,1024"
-    assert ROWS[0].used == 8
-    assert ROWS[1].used is None
+    assert path.read_text().splitlines()[2] == "10,layers.0.k_proj,0,,,,,,,,,1024"
 
 
 def test_numbers_that_are_none_are_not_known(tmp_path):
