@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 
 import pytest
 
@@ -26,13 +25,11 @@ def _folders(folder):
     return sorted(each for each in folder.iterdir() if each.is_dir()) if folder.is_dir() else []
 
 
-def test_several_at_once_make_one_model_and_one_folder_of_rows(tmp_path, cache):
+def test_several_at_once_make_one_model_and_one_folder_of_rows(tmp_path, cache, warm_python):
     """Nothing half-made is ever read: all say the same, and what lies there trains."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     started = [
-        subprocess.Popen(
-            [sys.executable, SCRIPT, *FAST], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
-        )
+        subprocess.Popen([warm_python, SCRIPT, *FAST], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
         for _ in range(4)
     ]
     told = [process.communicate(timeout=300)[0] for process in started]

@@ -15,6 +15,8 @@ from lora_lightning.sweeps.devices import Pool
 from lora_lightning.sweeps.runs import Job
 from tests.cli.conftest import ROOT
 
+pytestmark = pytest.mark.usefixtures("warm_starts")
+
 TRAIN = ROOT / "scripts" / "train.py"
 FAST = ("experiment=smoke", "data.rows=32", "data.val_rows=8", "hydra.sweep.dir=out", "sweep.dry_run=true")
 

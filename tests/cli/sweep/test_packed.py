@@ -216,7 +216,7 @@ def test_without_a_metric_of_a_validation_nothing_can_be_halved(together):
 # ---- the process
 
 
-def test_told_to_end_the_jobs_save_and_started_again_they_come_to_the_same(together, tmp_path):
+def test_told_to_end_the_jobs_save_and_started_again_they_come_to_the_same(together, warm_python, tmp_path):
     jobs = {0: ("lora.r=4", "seed=1"), 1: ("lora.r=8", "lora.lora_dropout=0.2", "seed=2")}
     common = ("trainer.max_steps=60", "trainer.val_check_interval=20", "trainer.precision=64-true")
     whole, _ = together(jobs, *common)
@@ -226,7 +226,7 @@ def test_told_to_end_the_jobs_save_and_started_again_they_come_to_the_same(toget
         path = GroupFile(tuple(made)).write(tmp_path / "packed" / "group-0.json")
         with (tmp_path / "screen.txt").open("ab") as screen:
             return subprocess.Popen(
-                [sys.executable, "-m", "lora_lightning.cli.packed", str(path)], stdout=screen, stderr=screen
+                [warm_python, "-m", "lora_lightning.cli.packed", str(path)], stdout=screen, stderr=screen
             )
 
     process = start()
@@ -249,7 +249,7 @@ def test_told_to_end_the_jobs_save_and_started_again_they_come_to_the_same(toget
 # ---- the launcher
 
 
-def test_a_grid_is_packed_but_for_what_goes_alone(command, tmp_path):
+def test_a_grid_is_packed_but_for_what_goes_alone(command, warm_python, tmp_path):
     out = tmp_path / "sweep"
     grid = (
         "lora.use_dora=false,true",
@@ -258,9 +258,8 @@ def test_a_grid_is_packed_but_for_what_goes_alone(command, tmp_path):
         "trainer.max_steps=4",
         f"hydra.sweep.dir={out}",
     )
-    done = command(
-        ROOT / "scripts" / "train.py", "-m", "hydra/launcher=lora_packed", "experiment=smoke", "trainer=cpu", *grid
-    )
+    words = ("-m", "hydra/launcher=lora_packed", "experiment=smoke", "trainer=cpu", *grid)
+    done = command(ROOT / "scripts" / "train.py", *words, python=warm_python)
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
     assert "Jobs 0, 1 are trained together on one base." in done.stdout
     assert "Jobs 2, 3 go alone, each: lora.use_dora" in done.stdout

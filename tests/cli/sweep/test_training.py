@@ -16,7 +16,7 @@ import pytest
 
 from tests.cli.conftest import ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_starts")]
 TRAIN = ROOT / "scripts" / "train.py"
 SHORT = ["experiment=smoke", "callbacks=minimal", "logger=csv"]
 _SEEN = """
