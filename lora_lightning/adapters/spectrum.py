@@ -196,9 +196,18 @@ def _summed_up(sigma: Tensor, rank: int) -> Spectrum:
     moved = sigma[sigma[:, 0] > 0]
     if not len(moved):
         return Spectrum(rank, 0.0, 0.0, 0.0, 0.0, 0.0)
-    found = (effective_rank(moved), stable_rank(moved), used_rank(moved), used_rank(moved, 0.95))
-    means = [float(each.double().mean()) for each in found]
-    return Spectrum(rank, *means, float(torch.linalg.vector_norm(sigma)))
+
+    def mean(of_each: Tensor) -> float:
+        return float(of_each.double().mean())
+
+    return Spectrum(
+        rank,
+        effective_rank=mean(effective_rank(moved)),
+        stable_rank=mean(stable_rank(moved)),
+        used=mean(used_rank(moved)),
+        used_95=mean(used_rank(moved, 0.95)),
+        norm=float(torch.linalg.vector_norm(sigma)),
+    )
 
 
 def _matrices(layer: LoraLayer, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
