@@ -17,7 +17,7 @@ LEFT_FREE = 0.1
 """This share of a device's memory is left free: for what allocators lose, and for whoever else needs some."""
 HOLES = {"cpu": 0.35, "cuda": 0.1}
 """Memory that lies between the tensors of a step, for each byte of them. Measured on the CPU with three models, where
-memory that was freed is kept (:mod:`lora_lightning.strategies.allocator`): 0.28 to 0.40. On a GPU it is an assumption."""
+memory that was freed is kept (:mod:`lora_lightning.strategies.allocator`): 0.28 to 0.40. On a GPU it is assumed."""
 CUDA_LIBRARIES = 500 * 10**6
 """What CUDA itself and the libraries' workspaces take of a GPU, about."""
 _MOST_ROWS = 2**16

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from lora_lightning import LoraConfig, inject_lora
 from lora_lightning.reports.plan import step
 from lora_lightning.reports.plan.ghost import Ghost, own_config
-from lora_lightning.reports.plan.planned import _adapted
+from lora_lightning.reports.plan.planned import adapted
 from lora_lightning.reports.plan.setting import Setting
 from lora_lightning.tasks.live_bytes import LiveBytes
 from lora_lightning.tasks.loss import causal_lm_loss, classification_loss
@@ -47,7 +47,7 @@ def test_bytes_are_those_of_a_real_step(name, padded, tmp_path):
     task = "sequence_classification" if name == "bert" else "causal_lm"
     lora = LoraConfig(r=4)
     setting = Setting(ModelConfig(str(tmp_path)), lora, task=task, num_labels=3, rows=3, tokens=32, padded=padded)
-    ghost, _ = _adapted(setting, own_config(setting))
+    ghost, _ = adapted(setting, own_config(setting))
     cost = step.step_cost(ghost, setting, 2**33).of(3)
 
     auto = AutoModelForSequenceClassification if name == "bert" else AutoModelForCausalLM
@@ -68,7 +68,7 @@ def test_a_few_blocks_tell_of_all(tmp_path, monkeypatch):
     AutoConfig.for_model(family, **numbers).save_pretrained(tmp_path)
     lora = LoraConfig(r=4, lora_dropout=0.1, rank_pattern={"layers.1.mlp.up_proj": 9})
     setting = Setting(ModelConfig(str(tmp_path)), lora, rows=5, tokens=24)
-    ghost, _ = _adapted(setting, own_config(setting))
+    ghost, _ = adapted(setting, own_config(setting))
     few = step.step_cost(ghost, setting, 2**33).of(5)
     monkeypatch.setattr(step, "_MOST_KINDS", 0)
     whole = step.step_cost(ghost, setting, 2**33).of(5)
@@ -84,7 +84,7 @@ def test_recomputed_activations_take_less(tmp_path):
     kept, flops = {}, {}
     for again in (False, True):
         setting = Setting(ModelConfig(str(tmp_path), gradient_checkpointing=again), LoraConfig(), tokens=64)
-        ghost, _ = _adapted(setting, own_config(setting))
+        ghost, _ = adapted(setting, own_config(setting))
         cost = step.step_cost(ghost, setting, 2**33).of(4)
         kept[again], flops[again] = cost.kept, cost.flops
     assert kept[True] < kept[False] / 4
@@ -95,7 +95,7 @@ def test_flops_of_a_token_are_four_for_each_weight(tmp_path):
     """Two for the product, two for the gradient of its input; the frozen weights want none."""
     AutoConfig.for_model("llama", **LLAMA, tie_word_embeddings=False).save_pretrained(tmp_path)
     setting = Setting(ModelConfig(str(tmp_path)), LoraConfig(r=1), rows=1, tokens=2)
-    ghost, _ = _adapted(setting, own_config(setting))
+    ghost, _ = adapted(setting, own_config(setting))
     weights = sum(p.numel() for n, p in ghost.model.named_parameters() if p.ndim == 2 and "embed" not in n)
     cost = step.step_cost(ghost, setting, 2**33).of(1)
     assert cost.flops / 2 == pytest.approx(4 * weights, rel=0.1)
@@ -104,7 +104,7 @@ def test_flops_of_a_token_are_four_for_each_weight(tmp_path):
 def test_a_loss_in_chunks_takes_no_more_than_a_chunk(tmp_path):
     AutoConfig.for_model("llama", **LLAMA).save_pretrained(tmp_path)
     setting = Setting(ModelConfig(str(tmp_path)), LoraConfig(), rows=2, tokens=64)
-    ghost, _ = _adapted(setting, own_config(setting))
+    ghost, _ = adapted(setting, own_config(setting))
     whole, chunks = (step.step_cost(ghost, setting, free).of(2).loss for free in (2**33, 8 * 10_000))
     assert whole - chunks == 2 * 64 * 512 * 4 - 10_000
     assert isinstance(ghost, Ghost)
