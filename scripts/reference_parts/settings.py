@@ -105,7 +105,7 @@ def _groups() -> list[Path]:
         for path in place.rglob("*.yaml")
         if path.parent not in (CONF, CONF / "lora")
     }
-    return sorted(found, key=lambda folder: (_rank(_name(folder)), _name(folder), len(folder.parts)))
+    return sorted(found, key=lambda folder: (_rank(_name(folder)), _name(folder), str(folder)))
 
 
 def _name(folder: Path) -> str:
