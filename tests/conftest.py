@@ -157,7 +157,7 @@ def warm_python(tmp_path_factory):
 
     tests/warm/server.py says what they share and when a test wants the real one.
     """
-    if sys.platform != "linux":  # elsewhere a process that has loaded frameworks is not safely forked
+    if sys.platform != "linux" or torch.cuda.is_available():  # CUDA and other systems' frameworks are not to be forked
         yield sys.executable
         return
     here, folder = Path(__file__).parent / "warm", tmp_path_factory.mktemp("warm")

@@ -141,10 +141,10 @@ def test_gpu_script_needs_only_torch_and_transformers_and_leaves_what_it_has(tmp
     assert "peft is not installed" in text
 
 
-def test_gpu_script_begins_no_row_when_the_time_is_up(tmp_path):
+def test_gpu_script_begins_no_row_when_the_time_is_up(tmp_path, warm_python):
     out = tmp_path / "cuda.json"
     command = [
-        sys.executable,
+        warm_python,
         "benchmarks/cuda.py",
         "--device",
         "cpu",

@@ -121,6 +121,7 @@ def test_memory_is_that_of_the_whole_tree():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_starts")
 def test_it_runs(tmp_path, capsys):
     assert packed.main(["--tiny", "--jobs", "2", "--only", "serial", "packed", "--keep", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
