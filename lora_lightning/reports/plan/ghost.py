@@ -73,7 +73,7 @@ def own_config(setting: Setting) -> PretrainedConfig:
     Raises:
         LoraConfigError: It cannot be had.
     """
-    settings = {"num_labels": setting.num_labels} if setting.task == "sequence_classification" else {}
+    settings: dict[str, Any] = {"num_labels": setting.num_labels} if setting.task == "sequence_classification" else {}
     if is_shape(setting.model.name):
         config = config_of(setting.model.name)
         for name, value in settings.items():

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,8 +20,8 @@ from lora_lightning.config_starts import DATA_DRIVEN, changes_base
 from lora_lightning.errors import LoraConfigError
 from lora_lightning.injection import LoraReport
 from lora_lightning.injection.inject import inject_unfilled
-from lora_lightning.injection.names import canonical_modules
-from lora_lightning.injection.state import trained_in_full
+from lora_lightning.injection.names import canonical_modules, join
+from lora_lightning.injection.state import the_root, trained_in_full
 from lora_lightning.layers import LoraLayer, kind_of
 from lora_lightning.reports.plan import memory as budget
 from lora_lightning.reports.plan.ghost import Ghost, narrowed, own_config
@@ -34,7 +35,8 @@ from lora_lightning.tasks.head import root_of
 from lora_lightning.tasks.model_config import ModelConfig
 
 
-class Kind(NamedTuple):
+@dataclass(frozen=True)
+class Kind:
     """Layers of one name and shape."""
 
     name: str
@@ -97,8 +99,8 @@ class Plan:
             "trainable_parameters": self.report.trainable_parameters,
             "total_parameters": self.report.total_parameters,
             "trainable_share": self.report.trainable_share,
-            "adapted": [_plain(kind._asdict()) for kind in self.adapted],
-            "left_out": [_plain(kind._asdict()) for kind in self.left_out],
+            "adapted": [_plain(asdict(kind)) for kind in self.adapted],
+            "left_out": [_plain(asdict(kind)) for kind in self.left_out],
             "file_bytes": self.file_bytes,
             "memory": self.memory.to_dict(),
             "available": self.available,
@@ -175,14 +177,12 @@ def plan_of(setting: Setting, *, calibration: bool = True) -> Plan:
             dtype = torch.bfloat16 if setting.precision == "bf16-mixed" else ghost.dtype
             pace = calibrate(_sides(root), setting.rows * setting.tokens, dtype, setting.device)
             seconds = 1000 * setting.accumulate * pace.seconds(step)
-    state = adapter_state(ghost.model)
-    keys = {key: state[name] for name, key in _keys(ghost.model).items() if name in state}
     return Plan(
         setting=setting,
         report=report,
         adapted=_by_kind(report),
         left_out=_left_out(root),
-        file_bytes=file_bytes(keys),
+        file_bytes=_file_bytes(ghost.model, setting.lora),
         memory=with_rows(setting.rows),
         available=there,
         largest_batch=largest,
@@ -206,8 +206,9 @@ def adapted(setting: Setting, config: Any) -> tuple[Ghost, LoraReport]:
 def _started(lora: LoraConfig) -> LoraConfig:
     """The same adapter begun plainly: where it begins costs nothing in training."""
     if lora.init_lora_weights in DATA_DRIVEN or changes_base(lora.init_lora_weights):
-        plain = {name: None for name in ("eva_config", "corda_config", "lora_ga_config") if hasattr(lora, name)}
-        return replace(lora, init_lora_weights=True, loftq_config={}, **plain)
+        return replace(
+            lora, init_lora_weights=True, loftq_config={}, eva_config=None, corda_config=None, lora_ga_config=None
+        )
     return lora
 
 
@@ -248,27 +249,25 @@ def _by_kind(report: LoraReport) -> list[Kind]:
     for row in report.rows:
         key = (row.name.rpartition(".")[2] or "(model)", row.kind, row.shape, row.r, row.scaling)
         groups.setdefault(key, []).append(row.parameters)
-    return [Kind(*key[:3], len(sizes), *key[3:], sum(sizes)) for key, sizes in groups.items()]
+    return [
+        Kind(name, kind, shape, len(sizes), r, scaling, sum(sizes))
+        for (name, kind, shape, r, scaling), sizes in groups.items()
+    ]
 
 
 def _left_out(root: nn.Module) -> list[Kind]:
     """Layers of a kind that can be adapted, without an adapter and not trained in full."""
     full = {id(part) for _, module, _ in trained_in_full(root) for part in module.modules()}
-    found: dict[tuple[Any, ...], int] = {}
+    found: dict[tuple[str, str, tuple[int, ...]], int] = {}
     for name, module in canonical_modules(root):
         if isinstance(module, LoraLayer) or id(module) in full:
             continue
         if (kind := kind_of(module, "lora")) is not None and isinstance(module._parameters.get("weight"), nn.Parameter):
             key = (name.rpartition(".")[2], kind.lora_kind, tuple(kind.lora_sides(module)))
             found[key] = found.get(key, 0) + 1
-    return [Kind(*key, count, 0, 0.0, count * _product(key[2])) for key, count in found.items()]
-
-
-def _product(sides: tuple[int, ...]) -> int:
-    size = 1
-    for side in sides:
-        size *= side
-    return size
+    return [
+        Kind(name, kind, shape, count, 0, 0.0, count * math.prod(shape)) for (name, kind, shape), count in found.items()
+    ]
 
 
 def _sides(root: nn.Module) -> list[tuple[int, int]]:
@@ -278,12 +277,15 @@ def _sides(root: nn.Module) -> list[tuple[int, int]]:
     return [(layer.in_features, layer.out_features) for layer in linear]
 
 
-def _keys(model: nn.Module) -> dict[str, str]:
-    from lora_lightning.injection.names import join
-    from lora_lightning.injection.state import the_root
-
+def _file_bytes(model: nn.Module, lora: LoraConfig) -> int:
+    """Of the adapter's file of weights; where the adapter begins with a part of the base, at twice the rank."""
     prefix, root = the_root(model)
-    return {join(prefix, name): key for name, key in peft_names(root).items()}
+    state = adapter_state(model)
+    names = {key: join(prefix, name) for name, key in peft_names(root).items()}
+    tensors = {key: state[name] for key, name in names.items() if name in state}
+    taken_out = changes_base(lora.init_lora_weights)
+    twice = sum(t.numel() * t.element_size() for key, t in tensors.items() if ".lora_" in key) if taken_out else 0
+    return file_bytes(tensors) + twice
 
 
 def _plain(value: Any) -> Any:
