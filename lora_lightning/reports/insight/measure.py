@@ -92,11 +92,23 @@ def base_norms(layers: Layers) -> dict[str, float | None]:
     """``‖W‖`` of each layer's base weight; None where an engine has flattened it. All processes have to call it."""
     found: dict[str, float | None] = {}
     for name, layer in layers.items():
-        weight = weight_before(layer)
-        weight = layer.lora_base_value(layer.lora_folds[0]).detach() if weight is None else weight
-        is_there = weight.ndim > 1 and weight.numel() > 0 and not weight.is_meta
-        found[name] = float(norms([weight if isinstance(weight, DTensor) else weight.float()])) if is_there else None
+        weight = _base_weight(layer)
+        found[name] = None if weight is None else float(norms([weight]))
     return found
+
+
+def _base_weight(layer: LoraLayer) -> Tensor | None:
+    """The weight that the update is told against; None where an engine has left nothing of it in the layer."""
+    weight = weight_before(layer)
+    if weight is None:
+        try:
+            weight = layer.lora_base_value(layer.lora_folds[0]).detach()
+        except AttributeError:  # FSDP's way without use_orig_params
+            return None
+    if isinstance(weight, DTensor):
+        return weight
+    is_there = weight.ndim > 1 and weight.numel() > 0 and not weight.is_meta and weight.untyped_storage().nbytes() > 0
+    return weight.float() if is_there else None
 
 
 @torch.no_grad()
