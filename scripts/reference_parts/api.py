@@ -68,7 +68,8 @@ def sections() -> str:
 
 
 def _called(name: str, method: Any) -> str:
-    return f"{name}({', '.join(_parameters(method, typed=False)[0])})"
+    line = f"{name}({', '.join(_parameters(method, typed=False)[0])})"
+    return line if len(line) <= 48 else f"{name}(…)"  # a column as wide as its longest line would leave no room
 
 
 def _signature(name: str, value: Any) -> Iterator[str]:
