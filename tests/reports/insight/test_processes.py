@@ -9,6 +9,8 @@ import pytest
 
 from lora_lightning.reports.insight import read_rows
 
+pytestmark = pytest.mark.usefixtures("warm_starts")
+
 SCRIPT = """
 import sys
 import lightning.pytorch as pl
