@@ -15,6 +15,9 @@ from lora_lightning.reports.plan.step import Cost
 _SHAPES = 4
 """So many of the shapes with the most work are tried; the others are taken to be as fast."""
 
+_FLOPS = 10**10
+"""Of one product on a CPU at most, so that several fit into the time."""
+
 
 class Pace(NamedTuple):
     """What a device does in a second.
@@ -33,7 +36,7 @@ class Pace(NamedTuple):
 
 
 def calibrate(
-    layers: Iterable[tuple[int, int]], tokens: int, dtype: torch.dtype, device: str, *, seconds: float = 5.0
+    layers: Iterable[tuple[int, int]], tokens: int, dtype: torch.dtype, device: str, *, seconds: float = 3.0
 ) -> Pace:
     """Time products of layers, and one operation on single elements.
 
@@ -50,14 +53,15 @@ def calibrate(
     most = sorted(counts, key=lambda sides: -counts[sides] * sides[0] * sides[1])[:_SHAPES]
     work = time_spent = 0.0
     share = seconds / (len(most) + 1)
-    rows = min(tokens, 2048)
+    make = torch.ones if device == "cpu" else torch.randn  # a GPU's clock goes by what numbers are, a CPU's does not
     for d_in, d_out in most:
-        x = torch.randn(rows, d_in, dtype=dtype, device=device)
-        weight = torch.randn(d_out, d_in, dtype=dtype, device=device)
+        rows = min(tokens, 2048 if device == "cuda" else max(64, _FLOPS // (2 * d_in * d_out)))
+        x = make(rows, d_in, dtype=dtype, device=device)
+        weight = make(d_out, d_in, dtype=dtype, device=device)
         count = counts[d_in, d_out]
         work += 2.0 * rows * d_in * d_out * count
         time_spent += count * _time(partial(functional.linear, x, weight), share, device)
-    y = torch.randn(rows, min((min(sides) for sides in most), default=1024), dtype=dtype, device=device)
+    y = make(min(tokens, 2048), min((min(sides) for sides in most), default=1024), dtype=dtype, device=device)
     moved = y.numel() * y.element_size() / _time(partial(functional.silu, y), min(share, 1.0), device)
     return Pace(work / time_spent, moved)
 

@@ -139,7 +139,7 @@ def plan(
         model: A Hub name, a local folder (its ``config.json`` is enough), a ``demo:`` model, a ``shape:`` such as
             ``shape:llama-8b``; or the fields of a `ModelConfig`.
         lora: The adapter; None is the balanced pattern.
-        calibration: Spend about five seconds on how fast this machine is; without, no time is told.
+        calibration: Spend a few seconds on how fast this machine is; without, no time is told.
         **settings: The other fields of `Setting`: ``rows``, ``tokens``, ``precision``, ``strategy``, ``memory`` …
 
     Raises:
