@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import pty
 import select
@@ -27,6 +28,7 @@ class Terminal:
             command, stdin=theirs, stdout=theirs, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
         os.close(theirs)
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a read may end within a character
         self.shown = ""
 
     def type(self, text):
@@ -38,7 +40,7 @@ class Terminal:
         while text not in self.shown:
             assert time.monotonic() < end, self.shown[-2000:]
             if select.select([self.ours], [], [], 0.2)[0]:
-                self.shown += os.read(self.ours, 65536).decode(errors="replace")
+                self.shown += self.decoder.decode(os.read(self.ours, 65536))
         before, _, self.shown = self.shown.partition(text)
         return before
 

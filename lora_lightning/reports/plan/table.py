@@ -41,7 +41,7 @@ def size(number: float | None) -> str:
     """Bytes for people.
 
     >>> size(19_600_000), size(1.5e9), size(None)
-    ('19.6 MB', '1.50 GB', '?')
+    ('19.6 MB', '1.5 GB', '?')
     """
     if number is None:
         return "?"
