@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.measure import interleave, peak_of, profile, ratios, saved_bytes, spread, tensors_of
+from benchmarks.measure import interleave, profile, ratios, saved_bytes, spread, tensors_of
 from benchmarks.workers import Worker
 
 ROOT = Path(__file__).parent.parent.parent
