@@ -116,6 +116,11 @@ def headlines(words: int = 40) -> list[dict[str, str]]:
     ]
 
 
+def read(path: Path) -> list[dict[str, str]]:
+    """Rows of prompt, chosen and rejected."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
 def main() -> None:
     """Train on the preferences that the command line names."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
@@ -129,8 +134,9 @@ def main() -> None:
     name = str(prepare_demo(chosen.model)) if is_demo(chosen.model) else chosen.model
     tokenizer = AutoTokenizer.from_pretrained(name)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    lines = chosen.data.read_text(encoding="utf-8").splitlines() if chosen.data else []
-    rows = [json.loads(line) for line in lines if line.strip()] or headlines()
+    rows = headlines() if chosen.data is None else read(chosen.data)
+    if len(rows) < 4:
+        parser.error(f"at least 4 rows are needed, of which one is held out; {chosen.data} has {len(rows)}")
     order = torch.randperm(len(rows)).tolist()
     held = [rows[place] for place in order[: min(32, len(rows) // 4)]]
     trained = [rows[place] for place in order[len(held) :]]

@@ -13,6 +13,9 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from lora_lightning.adapters import adapter_from_checkpoint, load_adapter
+from lora_lightning.adapters.folder import read_record
+from lora_lightning.adapters.hub import adapter_folder
+from lora_lightning.adapters.merge import fold_in
 from lora_lightning.cli.as_trained import as_trained
 from lora_lightning.cli.build import Parts, make_parts, make_trainer, prepare
 from lora_lightning.cli.progress import RunProgress
@@ -69,12 +72,15 @@ def _which(cfg: DictConfig) -> Which:
 
 
 def _load(cfg: DictConfig, which: Which, parts: Parts) -> None:
-    """Put the adapter into the task's model; a checkpoint's goes through a folder, so that both are read alike."""
-    if cfg.adapter is not None:
-        load_adapter(parts.task, which.adapter)
-        return
+    """Put the adapter into the task's model, over those that it was trained over; a checkpoint's by way of a folder."""
     with tempfile.TemporaryDirectory() as place:
-        load_adapter(parts.task, adapter_from_checkpoint(cfg.ckpt_path, Path(place) / "adapter"))
+        if cfg.adapter is None:
+            folder = adapter_from_checkpoint(cfg.ckpt_path, Path(place) / "adapter")
+        else:
+            folder = adapter_folder(which.adapter)
+        for earlier in read_record(folder).get("bases", ()):
+            fold_in(parts.task, earlier)
+        load_adapter(parts.task, folder)
 
 
 def _on_rows(cfg: DictConfig, parts: Parts) -> list[Measured]:

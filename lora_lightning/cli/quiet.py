@@ -20,6 +20,8 @@ def quieten(*, bars: bool = True) -> None:
     """Drop some of Lightning's messages, in this process only; without ``bars``, those of loading a model as well."""
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    if logging.getLogger().hasHandlers():
+        logging.getLogger("lightning").handlers.clear()  # Lightning's own, beside which everything is shown twice
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(_PASSING)
     if not bars:

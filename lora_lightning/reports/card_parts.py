@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lora_lightning.reports.page.figures import facts, measured
-from lora_lightning.reports.page.folder import Run
+from lora_lightning.reports.page.folder import Run, pairs_of
 from lora_lightning.reports.page.settings import what_matters
 from lora_lightning.reports.texts import printable
 
@@ -44,10 +44,9 @@ def samples(run: Run | None) -> list[str]:
     if run is None or not run.samples:
         return []
     first, last = run.samples[0], run.samples[-1]
-    before = {each.get("prompt"): each.get("written") for each in first.get("samples", ())}
     rows = [
-        (each.get("prompt"), before.get(each.get("prompt")), each.get("written") or "(nothing)", each.get("reference"))
-        for each in last.get("samples", ())[:_MOST_SAMPLES]
+        (now.get("prompt"), before, now.get("written") or "(nothing)", right)
+        for before, now, right in pairs_of(first, last)[:_MOST_SAMPLES]
     ]
     return ["## What it writes", table(("prompt", "before", "after", "reference"), rows)] if rows else []
 

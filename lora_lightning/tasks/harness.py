@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,7 +102,8 @@ class Harness:
 
         try:
             with isolate_rng(), evaluating(model):
-                lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=self._batch_size)  # type: ignore[arg-type]
+                with _heads_of_their_own(model):
+                    lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=self._batch_size)  # type: ignore[arg-type]
                 told: Any = simple_evaluate(
                     lm,
                     tasks=self.tasks,
@@ -118,6 +120,16 @@ class Harness:
             for task, figures in results.items()
             for name, figure in _figures(task, figures, told["higher_is_better"].get(task) or {})
         }
+
+
+@contextlib.contextmanager
+def _heads_of_their_own(model: PreTrainedModel) -> Iterator[None]:
+    """The harness ties weights anew, which would put the embedding in place of a head that was trained by itself."""
+    vars(model)["tie_weights"] = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del vars(model)["tie_weights"]
 
 
 @functools.cache

@@ -6,7 +6,12 @@ import json
 
 import pytest
 
+from lora_lightning import LoraConfig, inject_lora, save_adapter
+from lora_lightning.adapters.folder import chain_of
+from lora_lightning.adapters.merge import fold_in
 from lora_lightning.cli.eval import main
+from lora_lightning.injection.state import record_of, the_root
+from lora_lightning.tasks import ModelConfig, load_model
 
 
 def test_base_and_adapter_side_by_side(smoke, call, tmp_path):
@@ -29,6 +34,21 @@ def test_a_checkpoint_is_measured_likewise(smoke, call, tmp_path):
     assert measured["adapted"]["val_loss"] == pytest.approx(
         json.loads((folder / "result.json").read_text())["val_loss"], rel=1e-5
     )
+
+
+def test_an_adapter_over_another_is_measured_over_it(smoke, call, tmp_path):
+    folder, _ = smoke
+    below = folder / "adapter"
+    model = load_model(ModelConfig("demo:tiny-llama"), "causal_lm")
+    fold_in(model, below)
+    inject_lora(model, LoraConfig(r=2))
+    record_of(the_root(model)[1]).bases = chain_of(below)
+    save_adapter(model, tmp_path / "above")  # B is 0: what it measures is what the one below it does
+    done = call(main, "experiment=smoke", f"adapter={tmp_path}/above", f"hydra.run.dir={tmp_path}/run")
+    assert done.status == 0, done.stderr
+    measured = json.loads((tmp_path / "run" / "eval.json").read_text())
+    expected = pytest.approx(json.loads((folder / "result.json").read_text())["val_loss"], rel=1e-5)
+    assert (measured["base"]["val_loss"], measured["adapted"]["val_loss"]) == (expected, expected)
 
 
 @pytest.mark.parametrize(("given", "part"), [([], "got neither"), (["adapter=a", "ckpt_path=b"], "got both")])

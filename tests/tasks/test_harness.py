@@ -57,6 +57,19 @@ def test_base_and_adapter_are_asked_the_same(adapted, colours):
         assert figure == Figure(pytest.approx(value), pytest.approx((value * (1 - value) / 7) ** 0.5), True)
 
 
+def test_a_head_that_was_trained_by_itself_stays(colours):
+    model, tokenizer = load_model(NAME, "causal_lm"), load_tokenizer(NAME)
+    model.config.tie_word_embeddings = True
+    model.lm_head.weight = model.get_input_embeddings().weight
+    inject_lora(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    head = model.lm_head.weight.clone()
+    Harness(["colours"], tasks_path=colours.folder, limit=1).measure(model, tokenizer)
+    assert torch.equal(model.lm_head.weight, head)
+    assert "tie_weights" not in vars(model)
+
+
 def test_some_questions_only(adapted, colours):
     model, tokenizer = adapted
     model.eval()

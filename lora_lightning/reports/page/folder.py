@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -131,3 +132,15 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return [each for each in found if isinstance(each, dict)]
+
+
+def pairs_of(first: Mapping[str, Any], last: Mapping[str, Any]) -> list[tuple[Any, Mapping[str, Any], Any]]:
+    """For each sample of a time what was written first, the sample now, and the reference.
+
+    By place, as long as the prompts are the same: shortened ones that begin alike cannot be told apart by their text.
+    """
+    earlier, now = list(first.get("samples", ())), list(last.get("samples", ()))
+    if [each.get("prompt") for each in earlier] != [each.get("prompt") for each in now]:
+        by_prompt = {each.get("prompt"): each for each in earlier}
+        earlier = [by_prompt.get(each.get("prompt"), {}) for each in now]
+    return [(old.get("written"), new, new.get("reference")) for old, new in zip(earlier, now, strict=True)]

@@ -13,7 +13,7 @@ from lora_lightning.reports.page import render
 from lora_lightning.reports.page.chart import Chart, Line, chart
 from lora_lightning.reports.page.figures import facts, measured
 from lora_lightning.reports.page.files import listed
-from lora_lightning.reports.page.folder import ADVICE, INSIGHT, METRICS, Run, read_run
+from lora_lightning.reports.page.folder import ADVICE, INSIGHT, METRICS, Run, pairs_of, read_run
 from lora_lightning.reports.page.heatmap import heatmaps
 from lora_lightning.reports.page.settings import what_matters
 from lora_lightning.reports.page.words import day, setting
@@ -152,15 +152,9 @@ def _samples(times: list[dict[str, Any]]) -> tuple[str, str, list[Sample]]:
     if not times:
         return "", "", []
     first, last = times[0], times[-1]
-    before = {each.get("prompt"): each.get("written") for each in first.get("samples", ())}
     found = [
-        Sample(
-            str(each.get("prompt")),
-            before.get(each.get("prompt")) if last is not first else None,
-            str(each.get("written") or "(nothing)"),
-            each.get("reference"),
-        )
-        for each in last.get("samples", ())
+        Sample(str(now.get("prompt")), None if last is first else before, str(now.get("written") or "(nothing)"), right)
+        for before, now, right in pairs_of(first, last)
     ]
     return str(first.get("title", "")), str(last.get("title", "")), found
 
