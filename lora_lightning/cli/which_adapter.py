@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import yaml
+
 from lora_lightning.errors import AdapterError, did_you_mean
 
 _CONFIG = "adapter_config.json"
-_RUN_FILES = ("config.yaml", "result.json")
+_RUN_CONFIG = "config.yaml"
 _DEPTH = 4
 _MOST = 8
 
@@ -63,7 +65,13 @@ def run_around(folder: Path) -> Path | None:
 
 
 def _is_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _RUN_FILES)
+    """Whether a training of ours left its settings here. Others have a ``config.yaml`` too, as LightningCLI."""
+    try:
+        config = yaml.safe_load((folder / _RUN_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False
+    parts = [config.get(part) for part in ("lora", "model", "data", "task")] if isinstance(config, dict) else [None]
+    return all(isinstance(part, dict) for part in parts) and "name" in config["model"] and "_target_" in config["task"]
 
 
 def _may_be_on_the_hub(place: str | os.PathLike[str]) -> bool:

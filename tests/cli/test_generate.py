@@ -40,7 +40,9 @@ def made(tmp_path_factory):
         inject_lora(model, LoraConfig(r=8, init_lora_weights=False, task_type="CAUSAL_LM"), seed=seed)
         save_adapter(model, top / name)
     shutil.copytree(prepare_demo(NAME), top / "run" / "adapter", dirs_exist_ok=True, ignore=_all_but_tokenizer)
-    (top / "run" / "config.yaml").write_text(f"model:\n  name: {NAME}\ndata:\n  system_prompt: Be short.\n")
+    (top / "run" / "config.yaml").write_text(
+        f"lora: {{}}\nmodel:\n  name: {NAME}\ndata:\n  system_prompt: Be short.\ntask:\n  _target_: any\n"
+    )
     return top
 
 

@@ -9,6 +9,8 @@ import pytest
 from lora_lightning.cli.which_adapter import Which, which_adapter
 from lora_lightning.errors import AdapterError
 
+CONFIG = "lora: {r: 8}\nmodel: {name: demo:tiny-llama}\ndata: {_target_: a.B}\ntask: {_target_: a.C}\n"
+
 
 def adapter(folder: Path) -> Path:
     folder.mkdir(parents=True)
@@ -21,7 +23,7 @@ def run(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     adapter(folder / "adapter")
     adapter(folder / "checkpoints" / "step00030-adapter")
-    (folder / "config.yaml").write_text("seed: 0\n")
+    (folder / "config.yaml").write_text(CONFIG)
     return folder
 
 
@@ -36,7 +38,7 @@ def test_a_run_is_known_from_each_of_its_adapters(run: Path, inside: str) -> Non
 
 
 def test_a_named_adapter_of_a_run(tmp_path: Path) -> None:
-    (tmp_path / "result.json").write_text("{}")
+    (tmp_path / "config.yaml").write_text(CONFIG)
     folder = adapter(tmp_path / "adapter" / "polite")
     assert which_adapter(tmp_path) == Which(str(folder), tmp_path)
     assert which_adapter(folder).run == tmp_path
@@ -75,3 +77,11 @@ def test_a_folder_that_is_not_there(run: Path) -> None:
         which_adapter(run / "not" / "here")
     with pytest.raises(AdapterError, match="is a file"):
         which_adapter(run / "adapter" / "adapter_config.json")
+
+
+@pytest.mark.parametrize("content", ["model: {model: demo:tiny-llama}\ndata: {rows: 8}\n", "- 1\n", "a: {\n", "\x00"])
+def test_settings_of_other_programs_make_no_run(tmp_path: Path, content: str) -> None:
+    folder = adapter(tmp_path / "adapter")
+    (tmp_path / "config.yaml").write_text(content)  # where LightningCLI writes its own
+    assert which_adapter(folder).run is None
+    assert which_adapter(tmp_path) == Which(str(folder), None)
