@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 import torch
-import wandb
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
@@ -183,8 +182,8 @@ def test_without_adapters_there_is_nothing_to_see(tmp_path):
     assert not (tmp_path / "insight.csv").exists()
 
 
-def test_loggers_get_numbers_and_the_picture(tmp_path, monkeypatch):
-    tracker = WandbLogger(experiment=wandb.init(mode="disabled", dir=tmp_path))
+def test_loggers_get_numbers_and_the_picture(tmp_path, wandb_offline, monkeypatch):
+    tracker = WandbLogger(save_dir=wandb_offline)
     log_image, images = tracker.log_image, []
     monkeypatch.setattr(tracker, "log_image", lambda *given: (images.append(given), log_image(*given)))
     loggers = [CSVLogger(tmp_path, "", ""), TensorBoardLogger(tmp_path / "tb", "", ""), tracker]
