@@ -52,6 +52,7 @@ def evaluate(cfg: DictConfig) -> float | None:
     if taken and is_first_process():
         print(f"{', '.join(taken)}: as in {which.run}")
     harness = _harness(cfg)
+    cfg.model.in_parts = False  # the weights are to be there before the adapter is
     prepare(cfg)
     parts = make_parts(cfg)
     _load(cfg, which, parts)

@@ -27,7 +27,8 @@ def _register() -> None:
 
 
 def _leave_group() -> None:
-    failed = hasattr(sys, "last_value")  # others may wait in vain for this process, and it is not to wait for them
+    # After an exception that nobody caught, others may wait in vain for this process: it is not to wait for them.
+    failed = hasattr(sys, "last_value")
     if dist.is_initialized() and not failed:
         with contextlib.suppress(Exception):
             dist.destroy_process_group()

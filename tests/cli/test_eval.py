@@ -14,9 +14,10 @@ from lora_lightning.injection.state import record_of, the_root
 from lora_lightning.tasks import ModelConfig, load_model
 
 
-def test_base_and_adapter_side_by_side(smoke, call, tmp_path):
+@pytest.mark.parametrize("settings", [[], ["model.in_parts=true"]])
+def test_base_and_adapter_side_by_side(smoke, call, tmp_path, settings):
     folder, _ = smoke
-    done = call(main, "experiment=smoke", f"adapter={folder}/adapter", f"hydra.run.dir={tmp_path}")
+    done = call(main, "experiment=smoke", f"adapter={folder}/adapter", *settings, f"hydra.run.dir={tmp_path}")
     assert done.status == 0, done.stderr
     trained = json.loads((folder / "result.json").read_text())
     measured = json.loads((tmp_path / "eval.json").read_text())
