@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-_UPWARDS = {"loss": False, "perplexity": False, "accuracy": True, "f1": True}
+from lora_lightning.reports.upwards import is_higher_better
 
 
 class Measured(NamedTuple):
@@ -53,10 +53,7 @@ class Measured(NamedTuple):
 
 def of_metrics(base: Mapping[str, float], adapted: Mapping[str, float]) -> list[Measured]:
     """Pair the metrics that Lightning has logged, ``val_loss`` and the like."""
-    return [
-        Measured(name, base.get(name, math.nan), value, _UPWARDS.get(name.partition("_")[2]))
-        for name, value in adapted.items()
-    ]
+    return [Measured(name, base.get(name, math.nan), value, is_higher_better(name)) for name, value in adapted.items()]
 
 
 def comparison(measured: Sequence[Measured]) -> Table:

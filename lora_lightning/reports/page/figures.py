@@ -9,9 +9,9 @@ from typing import Any
 from lora_lightning.reports.page.files import size_of
 from lora_lightning.reports.page.folder import Run
 from lora_lightning.reports.page.words import bytes_of, counted, duration, figure
+from lora_lightning.reports.upwards import is_higher_better
 
 _NAMES = {"loss": "Loss", "perplexity": "Perplexity", "accuracy": "Accuracy", "f1": "F1"}
-_LESS_IS_BETTER = ("loss", "perplexity", "error", "wer")
 _SHARES = ("accuracy", "f1", "precision", "recall")
 
 
@@ -89,14 +89,14 @@ def _compared(kind: str, name: str, before: float | None, after: float) -> Figur
     label = f"{kind} {_named(name) if _named(name).isupper() or name == 'f1' else _named(name).lower()}"
     if before is None:
         return Figure(label, _shown(name, after))
-    less = any(word in name for word in _LESS_IS_BETTER)
+    upwards = is_higher_better(name)
     moved = after - before
     change = ""
     if _is_share(name):
         change = f"{100 * moved:+.1f} points"
     elif before:
         change = f"{moved / abs(before):+.0%}"
-    good = None if moved == 0 or not math.isfinite(moved) else (moved < 0) == less
+    good = None if upwards is None or moved == 0 or not math.isfinite(moved) else (moved > 0) == upwards
     return Figure(label, _shown(name, after), _shown(name, before), change.replace("-", "−").replace("%", " %"), good)
 
 
