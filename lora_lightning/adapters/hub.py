@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -84,6 +85,20 @@ def id_of(place: str | os.PathLike[str]) -> tuple[str, str | None] | None:
     """
     match = _ID.fullmatch(place) if isinstance(place, str) else None
     return None if match is None else (match["name"], match["revision"])
+
+
+def on_the_hub(name: str) -> bool:
+    """Whether others find a model of this name on the Hub: ``owner/name`` or one word, and no folder of this machine.
+
+    >>> on_the_hub("owner/name"), on_the_hub("gpt2"), on_the_hub("demo:tiny-llama"), on_the_hub("/models/base")
+    (True, True, False, False)
+    """
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    with contextlib.suppress(HFValidationError):
+        validate_repo_id(name)
+        return not os.path.exists(name)  # which goes first, as in transformers' from_pretrained
+    return False
 
 
 def _explained(place: str, name: str, revision: str | None, error: Exception) -> str:

@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_lightning.adapters.facts import ADAPTER_FILES
 from lora_lightning.adapters.folder import check_folder, save_adapter
-from lora_lightning.adapters.hub import TOKENIZER_FILES, id_of, reason_of
+from lora_lightning.adapters.hub import TOKENIZER_FILES, id_of, on_the_hub, reason_of
 from lora_lightning.errors import AdapterError
 
 _CARD = "README.md"
@@ -96,7 +96,7 @@ def _shown(folder: Path) -> set[Path]:
 def _card(name: str, config: dict[str, Any]) -> str:
     """The least that lets the Hub show an adapter beside its base model."""
     base = config.get("base_model_name_or_path")
-    known = base if base and not os.path.exists(base) and id_of(base) else None
+    known = base if base and on_the_hub(base) else None
     head = [f"base_model: {known}"] if known else []
     head += ["library_name: peft", "tags:", "- lora", "- lora-lightning"]
     lines = "\n".join(head)

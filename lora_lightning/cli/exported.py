@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from lora_lightning.adapters import adapter_folder, push_adapter, read_record, write_gguf
 from lora_lightning.adapters.export import export_folder
 from lora_lightning.adapters.folder import check_folder
-from lora_lightning.adapters.hub import id_of
+from lora_lightning.adapters.hub import id_of, on_the_hub
 from lora_lightning.adapters.written import new_folder, refuse_existing
 from lora_lightning.cli.adapted import base_of
 from lora_lightning.errors import AdapterError, LoraConfigError
@@ -99,7 +99,7 @@ def _config_of(model: ModelConfig) -> dict[str, Any]:
 
 def _say_where_base_is(base: str | None, form: str) -> None:
     """Others cannot have a base that lies on this machine."""
-    if form != "gguf" and base and id_of(base) is None:
+    if form != "gguf" and base and not on_the_hub(base):
         told = original_of(base) or "owner/name"
         print(
             f"The adapter names {base} as its base, which others cannot have: --base {told} writes another name",

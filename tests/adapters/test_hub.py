@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import constants, errors
 
 from lora_lightning import AdapterError, LoraCallback, LoraConfig, inject_lora, load_adapter, push_adapter, save_adapter
-from lora_lightning.adapters.hub import adapter_folder, id_of
+from lora_lightning.adapters.hub import adapter_folder, id_of, on_the_hub
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OLDER = "89abcdef0123456789abcdef0123456789abcdef"
@@ -58,6 +58,23 @@ def test_what_is_a_name_on_the_hub_and_what_is_not():
     for place in ("name", "./owner/name", "/owner/name", "~/name", "a/b/c", "owner/", "owner/name@", "ow ner/name"):
         assert id_of(place) is None, place
     assert id_of(constants.HF_HUB_CACHE + "/x") is None
+
+
+def test_a_base_is_on_the_hub_where_no_folder_has_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models/base").mkdir(parents=True)
+    names = (
+        "owner/base",
+        "gpt2",
+        "bert-base-uncased",
+        "models/base",
+        "models",
+        "demo:tiny-llama",
+        "./x",
+        "a/b/c",
+        "/x",
+    )
+    assert [name for name in names if on_the_hub(name)] == ["owner/base", "gpt2", "bert-base-uncased"]
 
 
 @pytest.mark.parametrize("place", ["someone/headlines", "someone/headlines@main", f"someone/headlines@{COMMIT}"])
