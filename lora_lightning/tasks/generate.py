@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def generate_text(
@@ -35,25 +35,54 @@ def generate_text(
     # Padding on the left: what is generated must follow the prompt directly.
     batch = tokenizer(prompts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
     generator: Any = model  # transformers does not say in the type which models can generate
-    # A compiled model would be compiled anew for every kind of cache it meets here.
-    with isolate_rng(), evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with writing(model, tokenizer, max_new_tokens=max_new_tokens):
         output = generator.generate(
             input_ids=batch["input_ids"].to(model.device),
             attention_mask=batch["attention_mask"].to(model.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            # Sampling settings that a model brings along mean nothing here and would be warned about.
-            temperature=1.0,
-            top_p=1.0,
-            top_k=50,
-            use_cache=True,
             # A forward of a spread model is a meeting of all processes: each goes on until all have finished.
             synced_gpus=any(isinstance(parameter, DTensor) for parameter in model.parameters()),
-            eos_token_id=stop_token_ids(model, tokenizer),
-            pad_token_id=tokenizer.pad_token_id,
         )
     added = output[:, batch["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(added, skip_special_tokens=True)]
+
+
+@contextmanager
+def writing(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+) -> Iterator[None]:
+    """Have ``model.generate`` choose tokens as is said here, and leave no trace in the model or the random generators.
+
+    What the model brings along in its ``generation_config`` (a penalty on repetition, several beams …) does not count.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer, which knows some of the tokens that end a text.
+        max_new_tokens: At most so many tokens are added.
+        temperature: What logits are divided by before a token is drawn; 0 takes the likeliest one always.
+        top_p: Tokens are drawn among the likeliest that together have this probability.
+    """
+    draws = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+    own = model.generation_config
+    told = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        use_cache=True,
+        eos_token_id=stop_token_ids(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        **draws,
+    )
+    # A compiled model would be compiled anew for every kind of cache it meets here.
+    with isolate_rng(), evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        # In its place: handed to `generate`, it would be filled up from the model's.
+        model.generation_config = told
+        try:
+            yield
+        finally:
+            model.generation_config = own
 
 
 @contextmanager

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from lora_lightning.errors import LoraConfigError
-from lora_lightning.tasks.generate import evaluating, stop_token_ids
+from lora_lightning.tasks.generate import writing
 
 
 @dataclass(frozen=True)
@@ -82,24 +81,12 @@ def stream_text(
             f"the prompt has {ids.shape[1]:,} tokens, and this model reads {_most_positions(model):,} at most"
         )
     pieces = _Pieces(tokenizer, tell)
-    draws = sampling.temperature > 0
+    length = min(sampling.max_new_tokens, room)
     generator: Any = model  # transformers does not say in the type which models can generate
-    with isolate_rng(), evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with writing(model, tokenizer, max_new_tokens=length, temperature=sampling.temperature, top_p=sampling.top_p):
         torch.manual_seed(sampling.seed)
-        generator.generate(
-            input_ids=ids,
-            attention_mask=batch["attention_mask"].to(model.device),
-            max_new_tokens=min(sampling.max_new_tokens, room),
-            do_sample=draws,
-            # What a model brings along of its own would be warned about, or count beside what is asked for here.
-            temperature=sampling.temperature if draws else 1.0,
-            top_p=sampling.top_p if draws else 1.0,
-            top_k=0 if draws else 50,
-            use_cache=True,
-            eos_token_id=stop_token_ids(model, tokenizer),
-            pad_token_id=tokenizer.pad_token_id,
-            streamer=pieces,
-        )
+        mask = batch["attention_mask"].to(model.device)
+        generator.generate(input_ids=ids, attention_mask=mask, streamer=pieces)
     return pieces.text.strip()
 
 

@@ -6,6 +6,7 @@ import torch
 
 from lora_lightning.tasks import CausalLM, ModelConfig, load_tokenizer
 from lora_lightning.tasks.generate import stop_token_ids
+from lora_lightning.tasks.stream import Sampling, stream_text
 
 PROMPTS = ["the minister", "a small team has won the second game, and the new player", "hm"]
 
@@ -33,6 +34,38 @@ def test_equals_hugging_face_one_by_one(talker):
     ours = talker.generate_text(PROMPTS, 12)
     assert ours == [one_by_one(talker, prompt, 12) for prompt in PROMPTS]
     assert len(set(ours)) == len(PROMPTS)
+
+
+def by_hand(module, prompt, length, choose):
+    """One forward of the whole text for each token, which `choose` takes from the logits of the last place: (V,)."""
+    ids = module.tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
+    start = ids.shape[1]
+    module.model.eval()
+    for _ in range(length):
+        with torch.no_grad():
+            token = choose(module.model(input_ids=ids).logits[0, -1])
+        if token == module.tokenizer.eos_token_id:
+            break
+        ids = torch.cat([ids, torch.tensor([[token]])], 1)
+    return module.tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
+
+
+BROUGHT_ALONG = {"repetition_penalty": 1.3, "num_beams": 2, "do_sample": True, "min_p": 0.9, "top_k": 3}
+
+
+def test_what_a_model_brings_along_does_not_count(talker):
+    likeliest = [by_hand(talker, prompt, 12, lambda logits: logits.argmax().item()) for prompt in PROMPTS]
+    own = talker.model.generation_config
+    own.update(**BROUGHT_ALONG, suppress_tokens=talker.tokenizer(likeliest[0]).input_ids)
+    told = own.to_dict()
+    assert talker.generate_text(PROMPTS, 12) == likeliest
+    for prompt, expected in zip(PROMPTS, likeliest, strict=True):
+        assert stream_text(talker.model, talker.tokenizer, prompt, Sampling(12), print) == expected
+    torch.manual_seed(7)
+    drawn = by_hand(talker, PROMPTS[0], 12, lambda logits: (logits / 1.5).softmax(0).multinomial(1).item())
+    assert stream_text(talker.model, talker.tokenizer, PROMPTS[0], Sampling(12, 1.5, seed=7), print) == drawn
+    assert talker.model.generation_config is own
+    assert own.to_dict() == told
 
 
 def test_stops_at_the_end_of_the_turn(module):
