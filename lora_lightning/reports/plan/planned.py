@@ -236,7 +236,7 @@ def _cost(setting: Setting, config: Any, ghost: Ghost, there: int | None, notes:
 
 
 def _notes(setting: Setting) -> list[str]:
-    notes = []
+    notes = list(setting.notes)
     if setting.lora.init_lora_weights == "eva":
         notes.append("EVA deals ranks out as the data show: r is their mean")
     if changes_base(setting.lora.init_lora_weights):

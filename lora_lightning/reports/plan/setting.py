@@ -40,6 +40,7 @@ class Setting:
         device: ``cpu`` or ``cuda``.
         optimizer_bytes: What the optimizer keeps for each number that it trains.
         memory: Bytes of one device; None: those of this machine.
+        notes: What of the training is not counted, or was assumed: told beside the plan.
 
     Raises:
         LoraConfigError: With everything that is wrong, at once.
@@ -61,6 +62,7 @@ class Setting:
     device: str = "cpu"
     optimizer_bytes: float = ADAMW
     memory: int | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check every field."""
