@@ -11,20 +11,16 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lora_lightning.adapters import load_adapter
 from lora_lightning.adapters.checkpoint import checkpoint_entry
 from lora_lightning.adapters.files import check_writable
-from lora_lightning.adapters.folder import chain_of, check_finite
-from lora_lightning.adapters.hub import adapter_folder
+from lora_lightning.adapters.folder import check_finite
 from lora_lightning.adapters.written import first_process_writes
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import LoraConfigError
-from lora_lightning.injection import LoraReport, freeze_rest, lora_parameters, report_of
-from lora_lightning.injection.inject import default_seed, inject_ahead
+from lora_lightning.injection import LoraReport, lora_parameters, report_of
 from lora_lightning.injection.starts.residual import settle_again
 from lora_lightning.injection.state import (
     Injected,
@@ -34,30 +30,26 @@ from lora_lightning.injection.state import (
     lora_layers,
     record_of,
     the_root,
-    trained_in_full,
-    weights_beside,
 )
-from lora_lightning.layers.bits import keep_order
-from lora_lightning.optim import fuse, keep_trainable
 from lora_lightning.optim.by_kind import join_groups
 from lora_lightning.optim.fused import lay_alike
-from lora_lightning.optim.modes import follow_modes, leave_modes
-from lora_lightning.strategies import AdapterState, hooks, rng, state_for
+from lora_lightning.optim.modes import leave_modes
+from lora_lightning.strategies import AdapterState, hooks, state_of, undrawn
 from lora_lightning.strategies.allocator import keep_freed_memory
 from lora_lightning.strategies.averaging import attach_averaging, begin_averaging, detach_averaging
 from lora_lightning.strategies.broadcast import include_frozen
 from lora_lightning.strategies.checks import check_first_step, check_trainer, guard_launch
-from lora_lightning.strategies.chosen import config_for, fold_in_first, target_of
+from lora_lightning.strategies.chosen import target_of
+from lora_lightning.strategies.configured import configure
 from lora_lightning.strategies.ending import leave_group_at_exit
-from lora_lightning.strategies.first_data import awaits_data, before_setup, begin_with_data, take_ranks
+from lora_lightning.strategies.first_data import await_data, take_ranks
+from lora_lightning.strategies.injecting import log_facts, put_in, tell_injected, tell_still
 from lora_lightning.strategies.nonfinite import NonFiniteError
-from lora_lightning.strategies.position import attach_position, resume_position
+from lora_lightning.strategies.position import attach_position
 from lora_lightning.strategies.products import local_folder, write_adapter, write_best
-from lora_lightning.strategies.replaced import check_there, convert_first, keep_marks, own_linear
-from lora_lightning.strategies.unfreezing import count_held, freeze_again
+from lora_lightning.strategies.unfreezing import freeze_again, keep_base
+from lora_lightning.strategies.waking import wake
 from lora_lightning.strategies.window import is_full
-
-_STATE = "_lora_state"
 
 
 class LoraCallback(pl.Callback):
@@ -125,7 +117,7 @@ class LoraCallback(pl.Callback):
         self._entry_of: Injected | None = None
         self._logged: set[int] = set()
         self._first_step = True
-        self._before_validation: dict[str, Any] | None = None
+        self._validation = undrawn.Validation()
         self._still: dict[str, nn.Module] = {}
         self._tensors: tuple[str, ...] = ()
         guard_launch(self)
@@ -144,70 +136,38 @@ class LoraCallback(pl.Callback):
         # Gradients are averaged and averages copied after us, wherever in the list the user has put us.
         trainer.callbacks.remove(self)  # type: ignore[attr-defined]
         trainer.callbacks.insert(0, self)  # type: ignore[attr-defined]
-        _state_of(trainer).attach(functools.partial(_entries, trainer, pl_module))
-        _state_of(trainer).before_load = functools.partial(_take_ranks, trainer, pl_module)
+        state_of(trainer).attach(functools.partial(_entries, trainer, pl_module))
+        state_of(trainer).before_load = functools.partial(_take_ranks, trainer, pl_module)
         attach_position(trainer)
         attach_averaging(trainer)
         leave_group_at_exit()
         self._first_step = True
-        # The network, or part of it, may be built in the module's own setup, and then in configure_model.
-        builds = is_overridden("configure_model", pl_module)
-        if builds:
-            hooks.wrap(pl_module, "configure_model", _configure_model, self)
-        if is_overridden("setup", pl_module):
-            hooks.wrap(pl_module, "setup", _setup, self, not builds)
-        elif not builds:
-            self._inject(trainer, pl_module)
+        hooks.inject_when_built(trainer, pl_module, self._inject)
         if stage == "fit":
-            hooks.wrap(pl_module, "configure_optimizers", _configure_optimizers, self)
+            hooks.wrap(pl_module, "configure_optimizers", self._configure_optimizers)
 
     def _inject(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         target = self._target(pl_module)
         fresh = not injected_roots(target)
-        if fresh:
-            convert_first(trainer, pl_module)
-        keep_marks(trainer.strategy)
-        adapter = None if self.adapter is None else str(adapter_folder(self.adapter))
-        config = config_for(target, pl_module, self.config, adapter)
-        if self.base_adapter is not None:
-            fold_in_first(target, config, self.base_adapter)
-        # One seed for all processes, whatever each has set for itself: adapters begin equal under every strategy.
-        report = inject_ahead(target, config, seed=trainer.strategy.broadcast(default_seed()))
-        keep_order(pl_module)  # around the target too, where gradients pass through
-        if fresh and self.base_adapter is not None:
-            record_of(the_root(target)[1]).bases = chain_of(self.base_adapter)
-        if adapter is not None and record_of(the_root(target)[1]).source != str(Path(adapter).resolve()):
-            load_adapter(target, adapter, trainable=True)
-        _state_of(trainer).injected(target, by_callback=fresh)
+        report = put_in(trainer, pl_module, target, self.config, adapter=self.adapter, base_adapter=self.base_adapter)
         self._tensors = tuple(adapter_tensors(target))
         self._still = freeze_statistics(target) if self.freeze_norm_stats else {}
-        if self._still and fresh:
-            rank_zero_info(
-                f"the running statistics of {len(self._still)} normalisation layers stay as they are (first: "
-                f"{next(iter(self._still))}); freeze_norm_stats=False lets them move"
-            )
-        if trainer.state.fn == TrainerFn.FITTING:
+        if fresh:
+            tell_still(self._still)
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting:
             begin_averaging(trainer, pl_module)
         record = record_of(the_root(target)[1])
         if self._entry_of is not record:
             # Made now, while the base is whole; nothing in it moves while training.
             self._entry, self._entry_of = checkpoint_entry(pl_module, self.module), record
-            self._tell(report)
+            tell_injected(report)
         heads = report.frozen_heads or (self.report.frozen_heads if self.report else ())
         self.report = report_of(target, heads, whole=pl_module)
-        for logger in trainer.loggers:
-            if id(logger) not in self._logged:
-                self._logged.add(id(logger))
-                logger.log_hyperparams(self.report.facts("" if self.name == "default" else f"{self.name}/"))
+        log_facts(self.report.facts("" if self.name == "default" else f"{self.name}/"), trainer.loggers, self._logged)
         freeze_again(trainer, pl_module)
-        if trainer.state.fn == TrainerFn.FITTING and awaits_data(target):
-            before_setup(trainer.strategy, functools.partial(self._begin_with_data, trainer, pl_module))
-
-    def _begin_with_data(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        target = self._target(pl_module)
-        if trainer.lightning_module is pl_module and awaits_data(target):  # no checkpoint has been loaded meanwhile
-            begin_with_data(trainer, pl_module, target)
-            self._inject_anew(trainer, pl_module)
+        if fitting:
+            await_data(trainer, pl_module, self.module, self._inject_anew)
 
     def _inject_anew(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note the adapter as it is now, where its layers have got other ranks."""
@@ -217,13 +177,8 @@ class LoraCallback(pl.Callback):
     def _target(self, pl_module: pl.LightningModule) -> nn.Module:
         return target_of(pl_module, self.module)
 
-    def _tell(self, report: LoraReport) -> None:
-        rank_zero_info(report.line())
-        if report.frozen_heads:
-            rank_zero_info(
-                f"LoRA froze {', '.join(report.frozen_heads)}, which was trainable and looks new; to train it in full "
-                f"and save it with the adapter: modules_to_save={list(report.frozen_heads)!r}"
-            )
+    def _configure_optimizers(self, pl_module: pl.LightningModule, call: Callable[[], Any]) -> Any:
+        return configure(pl_module, self._target(pl_module), self._tensors, call)
 
     # ---- training
 
@@ -234,35 +189,17 @@ class LoraCallback(pl.Callback):
             check_writable(local_folder(trainer.log_dir or trainer.default_root_dir))
         if trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
-        _state_of(trainer).begin_fit()
-        target = self._target(pl_module)
+        state, target = state_of(trainer), self._target(pl_module)
+        state.begin_fit()
         settle_again(layer for _, layer in lora_layers(target))
         if self._still:
             self._still = freeze_statistics(target)  # a strategy may have put others in their place
-        asleep = 0
-        for _, layer in lora_layers(target):
-            if layer.lora_drops:  # else its mode is about other things than the adapter, as an attention's own dropout
-                asleep += not layer.training
-                layer.training = True
-        for _, module, originals in trained_in_full(target):
-            if list(originals) != ["bias"]:  # of a layer whose bias alone trains, the rest stays as it was
-                module.training = True
-        if asleep and any(layer.lora_dropout for _, layer in lora_layers(target)):
-            rank_zero_info(
-                f"{asleep} LoRA layers were in eval mode; put in train mode, so that lora_dropout is in force"
-            )
-        # Restored before the first iterator is made, which draws from them as the next epoch's would have.
-        if (state := _state_of(trainer).rng) is not None:
-            rng.restore(state)
+        wake(target)
+        undrawn.before_first_iterator(state)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Within an epoch, an uninterrupted run would not have made an iterator here: undo what that has drawn."""
-        state = _state_of(trainer)
-        resume_position(trainer, state.rng)
-        within = trainer.fit_loop.restarted_mid_epoch and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        if state.rng is not None and within:
-            rng.restore(state.rng)
-        state.rng = None
+        undrawn.at_train_start(trainer, state_of(trainer))
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -270,34 +207,29 @@ class LoraCallback(pl.Callback):
         """Keep the base frozen where another callback has just let layers train, or ``self.train()`` was called."""
         for norm in self._still.values():
             norm.training = False
-        _keep_base(trainer, pl_module)
+        self._keep_base(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Note the random states where a validation follows, which a run resumed at this batch would not make."""
-        loop = trainer.fit_loop
-        due = loop._data_fetcher is not None and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
-        self._before_validation = rng.capture() if due else None
+        self._validation.note(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let training go on as if nothing had been drawn by the validation."""
-        if self._before_validation is not None and not trainer.sanity_checking:
-            rng.restore(self._before_validation)
-            self._before_validation = None
+        self._validation.undo(trainer)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Note the loss, which may be infinite with gradients that are not."""
         if self is _callbacks(trainer)[0]:
-            _state_of(trainer).watch.note(loss, trainer)
+            state_of(trainer).watch.note(loss, trainer)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Average gradients where the strategy does not; stop at, or skip, a step that is not finite."""
-        state = _state_of(trainer)
-        _keep_base(trainer, pl_module)
-        callbacks = _callbacks(trainer)
+        state, callbacks = state_of(trainer), _callbacks(trainer)
+        self._keep_base(trainer, pl_module)
         if self is not callbacks[0] or not is_full(trainer.strategy):
             return
         state.synchronise(optimizer)
@@ -306,6 +238,9 @@ class LoraCallback(pl.Callback):
             callback._look_at_first_step(state, optimizer, pl_module)
         skip = all(callback.on_nonfinite == "skip" for callback in callbacks)
         state.watch.stop_or_skip(state, optimizer, trainer, skip=skip)
+
+    def _keep_base(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        keep_base(state_of(trainer), (callback._target(pl_module) for callback in _callbacks(trainer)))
 
     def _look_at_first_step(self, state: AdapterState, optimizer: Optimizer, pl_module: pl.LightningModule) -> None:
         named = state.stepped(optimizer, lora_parameters(self._target(pl_module))) if self._first_step else {}
@@ -318,7 +253,7 @@ class LoraCallback(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the adapter folders."""
         folder = trainer.log_dir or trainer.default_root_dir  # log_dir talks to all ranks: ask before they part
-        state = _state_of(trainer).whole_state()
+        state = state_of(trainer).whole_state()
         check_finite(state)  # on all ranks: none is to wait for one that has failed
         if not getattr(trainer, "fast_dev_run", False):
             first_process_writes(folder, functools.partial(self._write_adapters, trainer, pl_module, folder, state))
@@ -348,7 +283,7 @@ class LoraCallback(pl.Callback):
             join_groups(optimizer)
         if isinstance(exception, NonFiniteError):
             folder = trainer.log_dir or trainer.default_root_dir
-            state = _state_of(trainer).whole_state()  # all processes have met the same gradients, and are here
+            state = state_of(trainer).whole_state()  # all processes have met the same gradients, and are here
             if trainer.is_global_zero:
                 rank_zero_info(f"The last good adapter: {self._write_adapter(trainer, pl_module, folder, state)}")
 
@@ -390,56 +325,3 @@ def _take_ranks(trainer: pl.Trainer, pl_module: pl.LightningModule, entries: Map
     for callback in _callbacks(trainer):
         if callback.name in entries and take_ranks(callback._target(pl_module), entries[callback.name]):
             callback._inject_anew(trainer, pl_module)
-
-
-def _state_of(trainer: pl.Trainer) -> AdapterState:
-    """The one object that saves and loads for a trainer, made at its first callback's setup."""
-    known = vars(trainer.strategy)
-    if _STATE not in known:
-        known[_STATE] = state_for(trainer.strategy)
-    return known[_STATE]
-
-
-# ---- around hooks of the module
-
-
-def _setup(callback: LoraCallback, inject: bool, pl_module: pl.LightningModule, call: Callable[[], None]) -> None:
-    call()
-    hooks.unwrap(pl_module, "setup")
-    if inject:
-        callback._inject(pl_module.trainer, pl_module)
-
-
-def _configure_model(callback: LoraCallback, pl_module: pl.LightningModule, call: Callable[[], None]) -> None:
-    call()
-    with own_linear():
-        callback._inject(pl_module.trainer, pl_module)
-    # Taken off at once: a strategy that demands an overridden configure_model is to see the module's own.
-    hooks.unwrap(pl_module, "configure_model")
-
-
-def _configure_optimizers(callback: LoraCallback, pl_module: pl.LightningModule, call: Callable[[], Any]) -> Any:
-    target = callback._target(pl_module)
-    check_there(callback._tensors, adapter_tensors(target).keys(), pl_module.trainer)
-    freeze_rest(target)  # parallel plans may have made parameters trainable since
-    trained = lora_parameters(target).keys()
-    configured = call()
-    if lora_parameters(target).keys() != trained:  # LoRA-FA freezes A
-        _state_of(pl_module.trainer).narrowed()
-    follow_modes(pl_module.trainer, configured)
-    return fuse(keep_trainable(configured, lora_parameters(target), weights_beside(target)), pl_module)
-
-
-def _keep_base(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Where a callback has let whole layers train and given them to an optimizer, leave it their adapters."""
-    state = _state_of(trainer)
-    if state.held is None:
-        return
-    held = count_held(trainer.optimizers)
-    if held != state.held:
-        for callback in _callbacks(trainer):
-            target = callback._target(pl_module)
-            freeze_rest(target)
-            keep_trainable(trainer.optimizers, lora_parameters(target), weights_beside(target))
-        held = count_held(trainer.optimizers)
-    state.held = held

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import lightning.pytorch as pl
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -21,7 +22,9 @@ from lora_lightning.strategies.fsdp import FsdpState
 from lora_lightning.strategies.model_parallel import ModelParallelState
 from lora_lightning.strategies.state import AdapterState
 
-__all__ = ["AdapterState", "state_for"]
+__all__ = ["AdapterState", "state_for", "state_of"]
+
+_STATE = "_lora_state"
 
 _STATES: dict[type[Strategy], type[AdapterState]] = {
     DeepSpeedStrategy: DeepSpeedState,  # before DDP, of which it is a subclass
@@ -30,6 +33,14 @@ _STATES: dict[type[Strategy], type[AdapterState]] = {
     DDPStrategy: DdpState,
     SingleDeviceStrategy: AdapterState,
 }
+
+
+def state_of(trainer: pl.Trainer) -> AdapterState:
+    """The one object that saves and loads for a trainer, made when it is first asked for."""
+    known = vars(trainer.strategy)
+    if _STATE not in known:
+        known[_STATE] = state_for(trainer.strategy)
+    return known[_STATE]
 
 
 def state_for(strategy: Strategy) -> AdapterState:

@@ -25,6 +25,7 @@ from lora_lightning.injection.starts.data import begin_as_shown, look_at_data
 from lora_lightning.injection.starts.ranks import with_ranks
 from lora_lightning.injection.state import record_of, the_root
 from lora_lightning.strategies import rng
+from lora_lightning.strategies.chosen import target_of
 from lora_lightning.strategies.generators import generators_of, restore_generators
 
 _DEALT = {
@@ -34,6 +35,7 @@ _DEALT = {
 """What of a config data may change."""
 _ENDLESS = (itertools.count, itertools.cycle, itertools.repeat)
 """Iterators that hold no data, or never run out of them."""
+Then = Callable[[pl.Trainer, pl.LightningModule], None]
 _SPREADING = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 
 
@@ -57,8 +59,27 @@ def take_ranks(target: nn.Module, entry: Mapping[str, Any]) -> bool:
     return True
 
 
-def before_setup(strategy: Strategy, act: Callable[[], None]) -> None:
-    """Have something done once, when models are injected and before the strategy wraps them and makes optimizers."""
+def await_data(trainer: pl.Trainer, pl_module: pl.LightningModule, attribute: str | None, then: Then) -> None:
+    """Have an adapter that awaits data begin with them, after injection and before the strategy takes the model.
+
+    Args:
+        trainer: Of a fit that begins.
+        pl_module: The module that is trained.
+        attribute: Of it, below which the adapter is; None is all of it.
+        then: Called with trainer and module once the adapter has begun, whose layers may have other ranks by then.
+    """
+    if _awaits_data(target_of(pl_module, attribute)):
+        _before_setup(trainer.strategy, functools.partial(_begin, trainer, pl_module, attribute, then))
+
+
+def _begin(trainer: pl.Trainer, pl_module: pl.LightningModule, attribute: str | None, then: Then) -> None:
+    target = target_of(pl_module, attribute)
+    if trainer.lightning_module is pl_module and _awaits_data(target):  # no checkpoint has been loaded meanwhile
+        _begin_with_data(trainer, pl_module, target)
+        then(trainer, pl_module)
+
+
+def _before_setup(strategy: Strategy, act: Callable[[], None]) -> None:
     vars(strategy)["setup"] = functools.partial(_first, strategy, act, vars(strategy).get("setup"))
 
 
@@ -68,7 +89,7 @@ def _first(strategy: Strategy, act: Callable[[], None], earlier: Callable[..., N
     (earlier or strategy.setup)(trainer)
 
 
-def begin_with_data(trainer: pl.Trainer, pl_module: pl.LightningModule, target: nn.Module) -> None:
+def _begin_with_data(trainer: pl.Trainer, pl_module: pl.LightningModule, target: nn.Module) -> None:
     """Begin the adapter below ``target`` as batches of the trainer's data show: on every process as on the first.
 
     Raises:
@@ -108,7 +129,7 @@ def begin_with_data(trainer: pl.Trainer, pl_module: pl.LightningModule, target: 
     rank_zero_info(f"LoRA began as the training data show (init_lora_weights={how!r})")
 
 
-def awaits_data(target: nn.Module) -> bool:
+def _awaits_data(target: nn.Module) -> bool:
     """Whether an adapter is to be shown data: not one whose values have been loaded."""
     return record_of(the_root(target)[1]).awaits_data
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BaseFinetuning
 from torch import nn
 from torch.optim import Optimizer
 
+from lora_lightning.injection import freeze_rest
 from lora_lightning.injection.names import canonical
 from lora_lightning.injection.state import lora_parameters, weights_beside
 from lora_lightning.optim import keep_trainable
+
+if TYPE_CHECKING:
+    from lora_lightning.strategies.state import AdapterState
 
 
 def freeze_again(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -25,6 +29,21 @@ def freeze_again(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
 def count_held(optimizers: Sequence[Optimizer]) -> int:
     """How many parameters the optimizers have: another number says that somebody has added some."""
     return sum(len(group["params"]) for optimizer in optimizers for group in optimizer.param_groups)
+
+
+def keep_base(state: AdapterState, targets: Iterable[nn.Module]) -> None:
+    """Where such a callback has let whole layers train and given them to an optimizer, leave it their adapters.
+
+    Args:
+        state: Knows how many parameters the optimizers had when they were looked at last.
+        targets: The modules below which adapters are.
+    """
+    if state.held is None or count_held(state.strategy.optimizers) == state.held:
+        return
+    for target in targets:
+        freeze_rest(target)
+        keep_trainable(state.strategy.optimizers, lora_parameters(target), weights_beside(target))
+    state.held = count_held(state.strategy.optimizers)
 
 
 def train_as_saved(optimizers: Sequence[Optimizer], saved: Sequence[Mapping[str, Any]], module: nn.Module) -> None:
