@@ -162,11 +162,16 @@ def load_lora_state(model: nn.Module, state: Mapping[str, Tensor], source: str) 
         source: What to call their origin in a message.
 
     Raises:
-        AdapterError: If names or shapes differ; nothing has been changed then.
+        AdapterError: If names or shapes differ, or the model has no memory for a value; nothing has been changed then.
     """
     kept = _kept(model, also=state.keys())
     optional = set(_running_statistics(model)) - state.keys()
     problems = differences({name: value for name, (_, value) in kept.items() if name not in optional}, state)
+    if lost := [name for name in state.keys() & kept.keys() if getattr(kept[name][1], "is_meta", False)]:
+        problems.append(
+            f"no memory yet (meta device), values would be lost: {_some(lost)}. Fill the model first: load_base(model, "
+            "folder)"
+        )
     if problems:
         raise AdapterError(f"{source} does not fit this model:" + "".join(f"\n  - {line}" for line in problems))
     for name, value in state.items():
@@ -188,14 +193,18 @@ def differences(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> 
     problems = []
     for what, names in (("missing", expected.keys() - given.keys()), ("not expected", given.keys() - expected.keys())):
         if names:
-            listed = sorted(names)
-            problems.append(f"{what}: {', '.join(listed[:4])}" + (f" and {len(listed) - 4} more" if listed[4:] else ""))
+            problems.append(f"{what}: {_some(names)}")
     shapes = [
         f"{name} is {tuple(given[name].shape)}, the model's is {tuple(value.shape)}"
         for name, value in expected.items()
         if name in given and isinstance(value, Tensor) and given[name].shape != value.shape
     ]
     return problems + shapes[:4] + ([f"{len(shapes) - 4} more shapes differ"] if shapes[4:] else [])
+
+
+def _some(names: Collection[str]) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if listed[4:] else "")
 
 
 def _kept(model: nn.Module, also: Collection[str] = ()) -> dict[str, tuple[nn.Module, Tensor]]:

@@ -19,6 +19,7 @@ from lora_lightning import (
     load_adapter,
     lora_parameters,
     merge_lora,
+    meta_parameters,
     save_adapter,
     unload_lora,
 )
@@ -255,6 +256,18 @@ def test_loading_into_an_injected_model_checks_scale_and_fit(saved, tokens):
     with pytest.raises(AdapterError, match="scale 4 in the model; the folder means r=4, scale 2"):
         load_adapter(other, folder)
     assert injected_roots(other)
+
+
+@pytest.mark.parametrize("injected", [False, True])
+def test_values_are_not_given_to_a_model_without_memory(saved, injected):
+    base, _, folder = saved
+    with meta_parameters():
+        empty = type(base)(base.config)
+    if injected:
+        inject_lora(empty, LoraConfig(r=4, lora_alpha=8))
+    with pytest.raises(AdapterError, match=r"no memory yet.*down_proj\.lora_A.* and 24 more.*load_base"):
+        load_adapter(empty, folder)
+    assert bool(injected_roots(empty)) is injected
 
 
 def test_keys_without_pefts_prefix_are_read_with_a_warning(saved, tokens):
