@@ -18,6 +18,7 @@ from lora_lightning.adapters.hub import adapter_folder
 from lora_lightning.adapters.merge import fold_in
 from lora_lightning.cli.as_trained import as_trained
 from lora_lightning.cli.build import Parts, make_parts, make_trainer, prepare
+from lora_lightning.cli.optimized import optimized
 from lora_lightning.cli.progress import RunProgress
 from lora_lightning.cli.run_folder import is_first_process, keep
 from lora_lightning.cli.which_adapter import Which, run_around, which_adapter
@@ -40,7 +41,8 @@ def evaluate(cfg: DictConfig) -> float | None:
         The adapted model's ``cfg.optimized_metric``, or None where it was not measured.
 
     Raises:
-        LoraConfigError: Neither or both are given, or the configuration is wrong.
+        LoraConfigError: Neither or both are given, or the configuration is wrong; or ``optimized_metric`` was typed and
+            not measured, which is known when the rest is written.
         AdapterError: There is no adapter, or it does not fit the model.
     """
     which = _which(cfg)
@@ -48,19 +50,23 @@ def evaluate(cfg: DictConfig) -> float | None:
         raise LoraConfigError(f"split must be val, test or null, got {cfg.split!r}")
     if cfg.split is None and not cfg.lm_eval:
         raise LoraConfigError("split=null measures no rows, and lm_eval names no tasks: there is nothing to measure")
-    cfg, taken = as_trained(cfg, which.run, HydraConfig.get().overrides.task)
+    typed = HydraConfig.get().overrides.task
+    cfg, taken = as_trained(cfg, which.run, typed)
     if taken and is_first_process():
         print(f"{', '.join(taken)}: as in {which.run}")
-    harness = _harness(cfg)
-    cfg.model.in_parts = False  # the weights are to be there before the adapter is
     prepare(cfg)
+    trainer = make_trainer(cfg, [RunProgress()], [])
+    harness = _harness(cfg, trainer)
+    cfg.model.in_parts = False  # the weights are to be there before the adapter is
     parts = make_parts(cfg)
     _load(cfg, which, parts)
-    rows, tasks = _on_rows(cfg, parts), _on_tasks(harness, parts)
+    rows, tasks = _on_rows(cfg.split, trainer, parts), _on_tasks(harness, parts)
     if is_first_process():
         _leave(cfg, rows, tasks)
     measured = {each.name: each.adapted for each in rows + tasks}
-    return measured.get(cfg.optimized_metric) if cfg.optimized_metric else None
+    # The default is training's; rows of another split, or tasks alone, do not measure it.
+    named = any(each.startswith("optimized_metric=") for each in typed)
+    return optimized(cfg.optimized_metric, measured) if named else measured.get(cfg.optimized_metric)
 
 
 def _which(cfg: DictConfig) -> Which:
@@ -84,13 +90,12 @@ def _load(cfg: DictConfig, which: Which, parts: Parts) -> None:
         load_adapter(parts.task, folder)
 
 
-def _on_rows(cfg: DictConfig, parts: Parts) -> list[Measured]:
-    if cfg.split is None:
+def _on_rows(split: str | None, trainer: Trainer, parts: Parts) -> list[Measured]:
+    if split is None:
         return []
-    trainer = make_trainer(cfg, [RunProgress()], [])
     with lora_disabled(parts.task):
-        base = _measure(trainer, parts, cfg.split)
-    return of_metrics(base, _measure(trainer, parts, cfg.split))
+        base = _measure(trainer, parts, split)
+    return of_metrics(base, _measure(trainer, parts, split))
 
 
 def _measure(trainer: Trainer, parts: Parts, split: str) -> dict[str, float]:
@@ -99,14 +104,14 @@ def _measure(trainer: Trainer, parts: Parts, split: str) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _harness(cfg: DictConfig) -> Harness | None:
+def _harness(cfg: DictConfig, trainer: Trainer) -> Harness | None:
     """The tasks that were asked for, looked up before anything is loaded."""
     if not cfg.lm_eval:
         return None
     if not cfg.task._target_.endswith(".CausalLM"):
         raise LoraConfigError(f"lm_eval asks causal language models, and the task is {cfg.task._target_}")
-    if cfg.trainer.get("devices", 1) not in (1, "1", "auto"):
-        raise LoraConfigError("lm_eval runs in one process: set trainer.devices=1")
+    if trainer.world_size > 1:
+        raise LoraConfigError(f"lm_eval runs in one process, and here are {trainer.world_size}: set trainer.devices=1")
     return Harness(
         [cfg.lm_eval] if isinstance(cfg.lm_eval, str) else list(cfg.lm_eval),
         limit=cfg.lm_eval_limit,

@@ -18,10 +18,10 @@ from lora_lightning.cli import run_folder
 from lora_lightning.cli.build import Parts, make_callbacks, make_loggers, make_parts, make_trainer, prepare, resolved
 from lora_lightning.cli.ended import ended_by
 from lora_lightning.cli.in_sweep import as_job, hush, job_callbacks, reports_wanted
+from lora_lightning.cli.optimized import optimized
 from lora_lightning.cli.out_of_memory import remedied
 from lora_lightning.cli.progress import Announcement
 from lora_lightning.config import LoraConfig
-from lora_lightning.errors import LoraConfigError, did_you_mean
 from lora_lightning.reports import RunRecorder, closing_table, loss_picture
 from lora_lightning.reports.advice import advice_table, leave_advice
 from lora_lightning.reports.page import AboutRun, try_page
@@ -82,7 +82,7 @@ def train(
                 _leave(cfg, overrides, folder, recorder, status, trainer)
         finally:
             trackers.finish(() if trainer is None else trainer.loggers, failed=status == "failed")
-    return _metric(cfg.optimized_metric, recorder.fields | _tested(trainer))
+    return optimized(cfg.optimized_metric, recorder.fields | _tested(trainer))
 
 
 def _fit(cfg: DictConfig, trainer: Trainer, parts: Parts, announcement: Announcement, checkpoint: Path | None) -> None:
@@ -158,14 +158,3 @@ def _leave(
 
 def _tested(trainer: Trainer) -> dict[str, float]:
     return {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("test_")}
-
-
-def _metric(name: str | None, fields: dict[str, Any]) -> float | None:
-    if name is None:
-        return None
-    if fields.get(name) is None:
-        known = [key for key, value in fields.items() if isinstance(value, float)]
-        raise LoraConfigError(
-            f"optimized_metric={name!r} was not measured{did_you_mean(name, known)}. Measured were {', '.join(known)}"
-        )
-    return float(fields[name])

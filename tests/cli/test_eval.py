@@ -81,6 +81,14 @@ def test_a_runs_folder_says_what_it_was_made_with_and_single_keys_go_on_top(smok
     assert measured["adapted"]["val_loss"] != pytest.approx(trained["val_loss"], rel=1e-5)
 
 
+def test_what_a_sweep_is_to_go_by_has_to_be_measured(smoke, call, tmp_path):
+    done = call(main, f"adapter={smoke[0]}", "optimized_metric=val_lss", f"hydra.run.dir={tmp_path}")
+    assert done.status == 1
+    assert "did you mean val_loss" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "eval.json").exists()
+
+
 def test_tasks_of_the_harness_for_both(smoke, call, tmp_path, colours):
     folder, _ = smoke
     done = call(
@@ -107,6 +115,7 @@ def test_tasks_of_the_harness_for_both(smoke, call, tmp_path, colours):
         (["split=train"], "val, test or null"),
         (["lm_eval=arc_easy", "lm_eval_tasks_path=/nowhere"], "no folder"),
         (["lm_eval=arc_easy", "task=sequence_classification"], "asks causal language models"),
+        (["lm_eval=arc_easy", "trainer=ddp", "trainer.accelerator=cpu", "trainer.num_nodes=2"], "and here are 2"),
     ],
 )
 def test_what_cannot_be_measured_is_told_before_anything_is_loaded(smoke, call, tmp_path, given, part):
