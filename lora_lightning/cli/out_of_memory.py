@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
 
+from lora_lightning.cli.candidates import Candidates
 from lora_lightning.cli.overrides import program
 from lora_lightning.cli.run_folder import is_first_process
 from lora_lightning.cli.told import CommandError
+from lora_lightning.sweeps.runs import current_sweep
 
-_ON_CPU = ("can't allocate memory", "not enough memory", "cannot allocate memory")
-"""What torch's allocator for main memory says on Linux, Windows, macOS."""
+_WORDS = (
+    "out of memory",  # of a GPU: torch's allocator, CUDA itself, NCCL
+    "status_alloc_failed",  # cuBLAS, cuDNN
+    "can't allocate memory",  # of the machine: Linux, Windows, macOS
+    "not enough memory",
+    "cannot allocate memory",
+)
 _STATIC = (
     "data.batch_size=1 trainer.accumulate_grad_batches=<rows a step> model.gradient_checkpointing=true, "
     "a shorter data.max_length"
@@ -24,46 +33,72 @@ _STATIC = (
 
 
 @contextlib.contextmanager
-def remedied(cfg: DictConfig, overrides: Sequence[str]) -> Iterator[None]:
+def remedied(cfg: DictConfig, overrides: Sequence[str], data: object = None) -> Iterator[None]:
     """Tell what would take less memory, by the plan of a run, where there was not enough of it.
 
     Args:
         cfg: The run's configuration.
         overrides: The settings that were given for it.
+        data: Its data module: by the lengths of its rows, packing is among what is told.
 
     Raises:
-        CommandError: In place of an error for want of memory, in a run's first process.
+        CommandError: In place of an error for want of memory. With a command to paste in a run's first process; in the
+            others, any of which may be the one that had too little, in a line.
     """
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error) or not is_first_process():
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
             raise
         first = (str(error).splitlines() or [""])[0]
+        short = f"The memory did not suffice ({type(error).__name__}: {first})."
+        if not is_first_process():
+            raise CommandError(f"{short} What takes less: {_STATIC}") from error
         error.__traceback__ = None  # its frames hold the tensors that were alive
         gc.collect()
-        message, command = _told(cfg, overrides)
-        raise CommandError(
-            f"The memory did not suffice ({type(error).__name__}: {first}).\n{message}", command
-        ) from error
+        message, command = _told(cfg, overrides, data)
+        raise CommandError(f"{short}\n{message}", command) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is one for want of memory, of a GPU or of the machine."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM  # of a process that could not be started, say
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _ON_CPU)
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _WORDS)
 
 
-def _told(cfg: DictConfig, overrides: Sequence[str]) -> tuple[str, str | None]:
+def _told(cfg: DictConfig, overrides: Sequence[str], data: object) -> tuple[str, str | None]:
     try:
         from lora_lightning.cli.planning import setting_of
         from lora_lightning.reports.plan.remedy import listed, remedies
 
-        found = remedies(setting_of(cfg))
+        keys = Candidates(cfg, ())  # a data module of one's own need not know a batch size
+        every = remedies(setting_of(cfg), _lengths(data))
+        found = [each for each in every if all(key in keys for key in _keys(each.settings))]
     except Exception as error:  # there may be no memory left for that, or no plan for this model
         return f"What takes less: {_STATIC} (no plan could be made: {type(error).__name__})", None
-    names = {word.partition("=")[0] for word in found[0].settings.split()}
-    kept = [word for word in overrides if word.partition("=")[0] not in names]
-    words = [program(sys.argv[0]), *(shlex.quote(word) for word in kept), found[0].settings]
-    return listed(found), " ".join(words)
+    return listed(found), _command(overrides, found[0].settings) if found else None
+
+
+def _lengths(data: Any) -> Sequence[int] | None:
+    """Of the rows for training, in tokens; None where they are packed already, or a stream's, or another's."""
+    try:
+        return None if data.packing else data.loaded.train.lengths()
+    except (AttributeError, RuntimeError):
+        return None
+
+
+def _command(overrides: Sequence[str], settings: str) -> str:
+    """The command that was typed, flags and all, with other settings; of a sweep's job, the job's."""
+    typed = sys.argv[1:]
+    if current_sweep() is not None or not set(overrides) <= set(typed):
+        typed = list(overrides)
+    new = _keys(settings)
+    kept = [word for word in typed if word.lstrip("+").partition("=")[0] not in new]
+    return " ".join([program(sys.argv[0]), *map(shlex.quote, kept), settings])
+
+
+def _keys(settings: str) -> list[str]:
+    return [word.partition("=")[0] for word in settings.split()]

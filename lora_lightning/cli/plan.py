@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import sys
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
 from omegaconf import DictConfig
 
 from lora_lightning.cli.launch import launch
@@ -53,13 +55,26 @@ def _taken_out(argv: list[str]) -> str | None:
     place = found[0]
     joined = argv[place] != _COMPARE
     compared = argv[place].partition("=")[2] if joined else "".join(argv[place + 1 : place + 2])
-    key, _, values = compared.partition("=")
-    if not key or "," not in values:
+    if not _has_values(compared):
         raise CommandError(
-            f"{_COMPARE} takes one setting with several values, as in lora=conservative,balanced, got {compared!r}"
+            f"{_COMPARE} takes one setting with several values, as in lora=conservative,balanced or "
+            f"'lora.target_modules=[q_proj],[q_proj,v_proj]', got {compared!r}"
         )
     del argv[place : place + (1 if joined else 2)]
     return compared
+
+
+def _has_values(compared: str) -> bool:
+    """Whether this is a setting with values that can be counted.
+
+    >>> [_has_values(text) for text in ("lora.r=8,16", "lora.r=range(8,16,4)", "lora.r=8", "lora.x=[q,v]", "8,16")]
+    [True, True, False, False, False]
+    """
+    try:
+        override = OverridesParser.create().parse_overrides([compared])[0]
+    except OverrideParseException:
+        return False
+    return override.is_sweep_override() and override.is_discrete_sweep()
 
 
 if __name__ == "__main__":

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_module
+from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from lora_lightning.cli.build import partial_of
-from lora_lightning.cli.overrides import GlobalHydraKept
+from lora_lightning.cli.planned_strategy import spread_of
 from lora_lightning.cli.quiet import quieten
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import LoraConfigError
@@ -25,7 +26,10 @@ from lora_lightning.tasks import ModelConfig
 
 _OPTIMIZERS = {"SGD": 4.0, "adamw_8bit": 2.0, "schedule_free": ADAMW, "riemannian_sgd": 4.0}
 """Bytes that an optimizer keeps for each number, where that is not what AdamW keeps."""
-_ASSUMED_TOKENS = 512
+_PRECISIONS = {"None": "32-true", "32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+"""Lightning's short names."""
+_ASSUMED = {"batch_size": 1, "max_length": 512}
+"""Where the data do not say."""
 _BULLET = "\n  - "
 
 
@@ -42,12 +46,13 @@ def show_side_by_side(cfg: DictConfig, compared: str) -> None:
         cfg: The configuration without it.
         compared: The setting, as in ``lora=conservative,balanced``.
     """
-    given = list(HydraConfig.get().overrides.task)
-    override = OverridesParser.create().parse_override(compared)
+    override = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_override(compared)
+    own = HydraConfig.get()
+    given = [each for each in own.overrides.task if each.lstrip("+").partition("=")[0] != override.key_or_group]
     made: dict[str, Plan] = {}
     for value in override.sweep_string_iterator():
-        with GlobalHydraKept(), initialize_config_module("lora_lightning.conf", version_base="1.3"):
-            one = compose("plan", overrides=[*given, f"{override.get_key_element()}={value}"])
+        # By the Hydra that reads the command line, which has its search path: --config-dir too.
+        one = compose(own.job.config_name, overrides=[*given, f"{override.get_key_element()}={value}"])
         made[f"{override.key_or_group}={value}"] = _planned(one)
     if cfg.plan.json:
         print(json.dumps({name: each.to_dict() for name, each in made.items()}, indent=2))
@@ -61,19 +66,21 @@ def setting_of(cfg: DictConfig) -> Setting:
     Raises:
         LoraConfigError: With everything that is wrong, at once.
     """
-    asked = cfg.get("plan") or {}  # the settings of train have none
     problems: list[str] = []
     found: dict[str, Any] = {}
-    for reading in (_model, _lora, _task, _trainer, _data):
+    notes: list[str] = []
+    for reading in (_model, _lora, _task, _trainer, _data, _asked):
         with _collected(problems):
-            found |= reading(cfg)
-    with _collected(problems):
-        found["memory"] = bytes_of(asked.get("memory"))
+            read = reading(cfg)
+            notes += read.pop("notes", ())
+            found |= read
     if problems:
         raise LoraConfigError(
             problems[0] if len(problems) == 1 else _BULLET.join(["This cannot be planned:", *problems])
         )
-    return Setting(**found, scored=asked.get("scored", 1.0), optimizer_bytes=_optimizer_bytes(cfg))
+    if found["memory"] is not None and found["device"] == "cpu":
+        notes.append("plan.memory is a CPU's main memory here; for a GPU add trainer.accelerator=gpu")
+    return Setting(**found, optimizer_bytes=_optimizer_bytes(cfg), notes=tuple(notes))
 
 
 def _planned(cfg: DictConfig) -> Plan:
@@ -116,47 +123,37 @@ def _task(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _data(cfg: DictConfig) -> dict[str, Any]:
-    packing = bool(cfg.data.get("packing", False))
-    rows = cfg.data.get("batch_size", 1)
-    tokens = cfg.data.get("max_length") or _ASSUMED_TOKENS
-    return {"rows": rows, "tokens": tokens, "padded": not packing and rows > 1}
+    given = {key: cfg.data.get(key) for key in _ASSUMED}
+    notes = [f"data has no {key}: {_ASSUMED[key]} is planned" for key, value in given.items() if value is None]
+    rows, tokens = (_ASSUMED[key] if value is None else value for key, value in given.items())
+    return {"rows": rows, "tokens": tokens, "padded": not cfg.data.get("packing", False) and rows > 1, "notes": notes}
 
 
 def _trainer(cfg: DictConfig) -> dict[str, Any]:
     trainer = _plain(cfg.trainer)
-    strategy = _strategy(trainer["strategy"])
+    spread = spread_of(trainer["strategy"])
     device = _device(trainer["accelerator"])
     here = torch.cuda.device_count() if device == "cuda" else 1
     each = max(1, here) if trainer["devices"] in ("auto", -1, "-1") else _count(trainer["devices"])
     devices = each * trainer["num_nodes"]
+    strategy = spread.strategy
     if strategy == "single" and devices > 1:
         strategy = "ddp"  # what Lightning takes then
-    sized = trainer["strategy"].get("tensor_parallel_size", 1) if isinstance(trainer["strategy"], Mapping) else 1
-    parts = each if sized == "auto" else int(sized)
+    parts = each if spread.tensor_parallel == "auto" else int(spread.tensor_parallel)
     return {
         "strategy": "tp" if strategy == "fsdp2" and parts > 1 else strategy,
         "device": device,
         "devices": devices,
         "tensor_parallel": parts,
-        "precision": str(trainer["precision"]),
+        "precision": _PRECISIONS.get(str(trainer["precision"]), str(trainer["precision"])),
         "accumulate": trainer["accumulate_grad_batches"],
+        "notes": spread.notes,
     }
 
 
-def _strategy(given: Any) -> str:
-    """The name that a plan has for a strategy of the Trainer.
-
-    >>> _strategy("auto"), _strategy("deepspeed_stage_3_offload"), _strategy({"_target_": "x.MeshStrategy"})
-    ('single', 'deepspeed_3', 'fsdp2')
-    """
-    name = str(given.get("_target_", "") if isinstance(given, Mapping) else given).rpartition(".")[2].lower()
-    known = {"auto": "single", "meshstrategy": "fsdp2", "modelparallelstrategy": "fsdp2", "deepspeed": "deepspeed_2"}
-    known |= {f"deepspeed_stage_{n}": f"deepspeed_{n}" for n in (1, 2, 3)}
-    name = name.removesuffix("_offload").removesuffix("strategy") if name not in known else name
-    found = known.get(name, "ddp" if name.startswith("ddp") else name)
-    if found not in ("single", "ddp", "fsdp", "fsdp2", *known.values()):
-        raise LoraConfigError(f"trainer.strategy: there is no plan for {given!r}")
-    return found
+def _asked(cfg: DictConfig) -> dict[str, Any]:
+    asked = cfg.get("plan") or {}  # the settings of train have none
+    return {"memory": bytes_of(asked.get("memory")), "scored": asked.get("scored", 1.0)}
 
 
 def _device(accelerator: str) -> str:

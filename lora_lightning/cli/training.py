@@ -70,7 +70,7 @@ def train(
         callbacks += [each for each in (recorder, announcement, *about) if each not in callbacks]
         trainer = make_trainer(cfg, callbacks, make_loggers(cfg))
         trackers.log_config(trainer.loggers, resolved(cfg))
-        with remedied(cfg, overrides):
+        with remedied(cfg, overrides, parts.data):
             _fit(cfg, trainer, parts, announcement, checkpoint)
         status = "finished"
     finally:
