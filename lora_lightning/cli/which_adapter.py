@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import NamedTuple
 
 import yaml
 
-from lora_lightning.errors import AdapterError, did_you_mean
+from lora_lightning.errors import AdapterError, LoraConfigError, did_you_mean
 
 _CONFIG = "adapter_config.json"
 _RUN_CONFIG = "config.yaml"
+_BEST = "best.json"  # beside the adapter that a sweep's report has copied
 _DEPTH = 4
 _MOST = 8
 
@@ -42,7 +44,8 @@ def which_adapter(place: str | os.PathLike[str]) -> Which:
     if not folder.exists():
         if _may_be_on_the_hub(place):
             return Which(os.fspath(place), None)
-        raise AdapterError(f"there is no folder {folder}{_near(folder)}")
+        hub = f"; the adapter of that name on the Hub is {folder}@main" if _is_name(place) else ""
+        raise AdapterError(f"there is no folder {folder}{_near(folder)}{hub}")
     if folder.is_file():
         raise AdapterError(f"{folder} is a file, and an adapter is a folder that holds {_CONFIG}{_of_file(folder)}")
     if (folder / _CONFIG).is_file():
@@ -57,11 +60,36 @@ def which_adapter(place: str | os.PathLike[str]) -> Which:
 def run_around(folder: Path) -> Path | None:
     """The folder of the run that an adapter folder lies in: as ``adapter``, ``adapter/NAME`` or below ``checkpoints``.
 
-    None where it lies in none.
+    Of a sweep's ``best/`` it is that of the best job. None where it lies in none.
     """
-    absolute = folder.absolute()
-    above = [absolute.parent, absolute.parent.parent]
-    return next((each for each in above if _is_run(each)), None)
+    origin = origin_of(folder).absolute()
+    return next((each for each in (origin.parent, origin.parent.parent) if _is_run(each)), None)
+
+
+def origin_of(folder: Path) -> Path:
+    """The job's own adapter folder where this one is a sweep's ``best/``, a copy of it; else the same folder."""
+    try:
+        told = json.loads((folder / _BEST).read_text(encoding="utf-8"))["adapter"]
+        return folder.absolute().parent / told
+    except (OSError, ValueError, TypeError, KeyError):
+        return folder
+
+
+def run_named(folder: Path) -> Path:
+    """The folder of a run that was named as such.
+
+    Raises:
+        LoraConfigError: It is none; with the nearest.
+    """
+    if _is_run(folder):
+        return folder
+    if not folder.is_dir():
+        raise LoraConfigError(f"there is no folder {folder}{_near(folder)}")
+    around = run_around(folder)
+    raise LoraConfigError(
+        f"{folder} is not the folder of a run: there is no {_RUN_CONFIG} with the settings of a training here (lora, "
+        f"model, data, task)" + (f". It lies in one: {around}" if around else "")
+    )
 
 
 def _is_run(folder: Path) -> bool:
@@ -75,6 +103,11 @@ def _is_run(folder: Path) -> bool:
 
 
 def _may_be_on_the_hub(place: str | os.PathLike[str]) -> bool:
+    """Whether it has the form of a name there. Below a folder that is here, it has to say a revision too."""
+    return _is_name(place) and ("@" in os.fspath(place) or not Path(place).parent.is_dir())
+
+
+def _is_name(place: str | os.PathLike[str]) -> bool:
     text = os.fspath(place)
     return text.count("/") == 1 and not text.startswith((".", "/", "~")) and not text.endswith("/")
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from lora_lightning.cli.which_adapter import Which, which_adapter
-from lora_lightning.errors import AdapterError
+from lora_lightning.cli.which_adapter import Which, origin_of, run_named, which_adapter
+from lora_lightning.errors import AdapterError, LoraConfigError
 
 CONFIG = "lora: {r: 8}\nmodel: {name: demo:tiny-llama}\ndata: {_target_: a.B}\ntask: {_target_: a.C}\n"
 
@@ -51,6 +52,33 @@ def test_a_name_on_the_hub_is_left_to_the_hub() -> None:
     assert which_adapter("owner/name@v1.0") == Which("owner/name@v1.0", None)
 
 
+def test_below_a_folder_of_this_machine_a_name_is_a_folder(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run)
+    with pytest.raises(AdapterError, match=r"did you mean step00030-adapter.* is checkpoints/step00030@main"):
+        which_adapter("checkpoints/step00030")
+    assert which_adapter("checkpoints/step00030@main").adapter == "checkpoints/step00030@main"
+    assert which_adapter("owner/name").adapter == "owner/name"
+
+
+@pytest.mark.parametrize("name", ["adapter", "adapter/polite"])
+def test_the_best_of_a_sweep_belongs_to_the_job_that_it_was_copied_from(tmp_path: Path, name: str) -> None:
+    original, best = adapter(tmp_path / "3" / name), adapter(tmp_path / "best")
+    (tmp_path / "3" / "config.yaml").write_text(CONFIG)
+    (best / "best.json").write_text(json.dumps({"folder": "3", "adapter": f"3/{name}"}))
+    assert which_adapter(best) == Which(str(best), tmp_path / "3")
+    assert origin_of(best) == original
+    (best / "best.json").write_text("[]")
+    assert which_adapter(best).run is None
+
+
+def test_a_run_that_is_named_has_to_be_one(run: Path) -> None:
+    assert run_named(run) == run
+    with pytest.raises(LoraConfigError, match=r"not the folder of a run.*It lies in one: .*run$"):
+        run_named(run / "adapter")
+    with pytest.raises(LoraConfigError, match=r"no folder .*rum \(did you mean run\?\)"):
+        run_named(run.parent / "rum")
+
+
 def test_a_folder_above_names_the_adapters_below(run: Path) -> None:
     with pytest.raises(AdapterError) as caught:
         which_adapter(run.parent)
@@ -85,3 +113,5 @@ def test_settings_of_other_programs_make_no_run(tmp_path: Path, content: str) ->
     (tmp_path / "config.yaml").write_text(content)  # where LightningCLI writes its own
     assert which_adapter(folder).run is None
     assert which_adapter(tmp_path) == Which(str(folder), None)
+    with pytest.raises(LoraConfigError, match="not the folder of a run"):
+        run_named(tmp_path)
