@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.reports.plan.shapes import SHAPES as KNOWN  # imports no Lightning
+
 IGNORED = -100
 Batch = dict[str, Tensor]
 
@@ -36,32 +38,19 @@ class Shape:
         return Shape(self.family, {**self.numbers, "num_hidden_layers": layers})
 
 
-def _numbers(hidden: int, ffn: int, layers: int, heads: int, kv: int, vocabulary: int, **more: Any) -> dict[str, Any]:
-    return {
-        "hidden_size": hidden,
-        "intermediate_size": ffn,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv,
-        "vocab_size": vocabulary,
-        "head_dim": more.pop("head_dim", hidden // heads),
-        "max_position_embeddings": 16384,
-        **more,
-    }
-
-
-SHAPES = {
-    "tiny": Shape("llama", _numbers(64, 128, 2, 4, 2, 384, tie_word_embeddings=True)),
-    "smollm2-135m": Shape(
-        "llama",
-        _numbers(576, 1536, 30, 9, 3, 49152, tie_word_embeddings=True, rope_theta=100000.0),
-        demo="demo:smollm2-135m-instruct",
-    ),
-    "qwen3-0.6b": Shape(
-        "qwen3", _numbers(1024, 3072, 28, 16, 8, 151936, head_dim=128, tie_word_embeddings=True, rope_theta=1e6)
-    ),
-    "llama-1b": Shape("llama", _numbers(2048, 8192, 16, 32, 8, 128256, tie_word_embeddings=True, rope_theta=5e5)),
-    "llama-8b": Shape("llama", _numbers(4096, 14336, 32, 32, 8, 128256, tie_word_embeddings=False, rope_theta=5e5)),
+_TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 384,
+    "tie_word_embeddings": True,
+}
+_DEMOS = {"smollm2-135m": "demo:smollm2-135m-instruct"}
+# Those that plans know too, and one for trying things out.
+SHAPES = {"tiny": Shape("llama", _TINY)} | {
+    name: Shape(family, numbers, _DEMOS.get(name)) for name, (family, numbers) in KNOWN.items()
 }
 
 
