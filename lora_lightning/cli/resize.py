@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from lora_lightning.cli.told import told
-from lora_lightning.cli.which_adapter import which_adapter
+from lora_lightning.cli.which_adapter import run_named, which_adapter
 from lora_lightning.errors import LoraConfigError
 
 
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
     chosen = parser.parse_args([_as_option(each) for each in (sys.argv[1:] if arguments is None else arguments)])
     with told():
         adapter, run = which_adapter(chosen.adapter)
-        run = chosen.run or run
+        run = run_named(chosen.run) if chosen.run else run
         if chosen.base and run is None:
             raise LoraConfigError("--base is to measure the loss over, on the data of a run: name that with --run")
         folder = chosen.folder or _beside(adapter, chosen.r, chosen.energy)
@@ -74,7 +75,7 @@ def _beside(adapter: str, r: int | None, energy: float | None) -> Path:
     if not Path(adapter).exists():
         raise LoraConfigError(f"name the folder that the resized adapter goes to: {adapter} is not on this machine")
     parts = [f"r{r}" if r is not None else "", f"e{energy:g}" if energy is not None else ""]
-    return Path(f"{adapter.rstrip('/')}-{'-'.join(filter(None, parts)) or 'resized'}")
+    return Path(f"{os.path.abspath(adapter)}-{'-'.join(filter(None, parts)) or 'resized'}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from rich.table import Table
 from lora_lightning.adapters import ResizeReport, resize_adapter
 from lora_lightning.adapters.resize import Resized
 from lora_lightning.cli.run_metrics import run_metrics
+from lora_lightning.errors import AdapterError, LoraConfigError
 
 
 def resize_and_tell(
@@ -36,7 +37,8 @@ def resize_and_tell(
         each_layer: Tell of each layer rather than of each kind.
 
     Raises:
-        LoraConfigError: The rank is above the trained one, or the run's model or data cannot be had.
+        LoraConfigError: The rank is above the trained one; or, when the new adapter is written, the run's model or data
+            cannot be had.
         AdapterError: There is no adapter, or ``folder`` is there already.
     """
     report = resize_adapter(adapter, folder, r, energy=energy)
@@ -46,7 +48,10 @@ def resize_and_tell(
     if run is None:
         console.print("The loss was not measured: name a run's folder, which says what data it had, with --run.")
         return report
-    metrics = run_metrics(run, {"before": adapter, "after": folder, "base": None}, base)
+    try:
+        metrics = run_metrics(run, {"before": adapter, "after": folder, "base": None}, base)
+    except (LoraConfigError, AdapterError) as error:
+        raise type(error)(f"{folder} is written, and its loss could not be measured: {error}") from error
     console.print(cost_table(metrics))
     return report
 

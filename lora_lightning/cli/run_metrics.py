@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from lora_lightning.adapters import load_adapter, read_record
 from lora_lightning.adapters.merge import fold_in
 from lora_lightning.cli.build import Parts, make_parts, make_trainer, prepare
-from lora_lightning.errors import LoraConfigError
+from lora_lightning.cli.which_adapter import run_named
 from lora_lightning.injection import unload_lora
 
 Metrics = dict[str, dict[str, float]]
@@ -35,10 +35,10 @@ def run_metrics(run: Path, adapters: Mapping[str, str | Path | None], base: str 
         Metrics by name, for each of ``adapters``.
 
     Raises:
-        LoraConfigError: The run has no ``config.yaml``, or its model or data cannot be had any more.
+        LoraConfigError: It is no run's folder, or its model or data cannot be had any more.
         AdapterError: An adapter does not fit.
     """
-    cfg = config_of(run)
+    cfg = cast("DictConfig", OmegaConf.load(run_named(run) / "config.yaml"))
     cfg.model.update(_PLAIN)
     if base is not None:
         cfg.model.name, cfg.model.revision = base, None
@@ -54,14 +54,6 @@ def run_metrics(run: Path, adapters: Mapping[str, str | Path | None], base: str 
 def _below(adapters: Mapping[str, str | Path | None]) -> list[str]:
     """The adapters that belong below these, folded into the base in this order."""
     return next((read_record(each).get("bases", []) for each in adapters.values() if each is not None), [])
-
-
-def config_of(run: Path) -> DictConfig:
-    """The resolved configuration that a run has left."""
-    path = run / "config.yaml"
-    if not path.is_file():
-        raise LoraConfigError(f"{run} is not the folder of a run: there is no config.yaml, which says what data it had")
-    return cast("DictConfig", OmegaConf.load(path))
 
 
 def _measured(trainer: Trainer, parts: Parts, adapter: str | Path | None) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -92,9 +93,29 @@ def test_mistakes_are_told(smoke, tmp_path, capsys):
     assert "there are some; name one of them" in refused(capsys, run.parent, tmp_path / "x", "r=8")
     assert "is there already" in refused(capsys, run, tmp_path, "r=8")
     assert "on this machine" in refused(capsys, "owner/name", "r=8")
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(LoraConfigError, match=r"no config\.yaml"):
+    (tmp_path / "config.yaml").write_text("model: {model: demo:tiny-llama}\n")  # another program's
+    assert "not the folder of a run" in refused(capsys, run, tmp_path / "x", "r=8", "--run", tmp_path)
+    assert [each.name for each in tmp_path.iterdir()] == ["config.yaml"]
+    with pytest.raises(LoraConfigError, match=r"not the folder of a run"):
         run_metrics(tmp_path, {})
+
+
+def test_it_lies_beside_the_adapter_however_that_was_named(smoke, tmp_path, capsys, monkeypatch):
+    run, _ = smoke
+    shutil.copytree(run / "adapter", tmp_path / "mine")
+    monkeypatch.chdir(tmp_path / "mine")
+    before = sorted(tmp_path.glob("mine/*"))
+    main([".", "r=2"])
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "mine-r2")
+    assert sorted(tmp_path.glob("mine/*")) == before
+    assert (tmp_path / "mine-r2/adapter_model.safetensors").is_file()
+
+
+def test_what_is_written_is_told_where_it_cannot_be_measured(smoke, tmp_path, capsys):
+    run, _ = smoke
+    told = refused(capsys, run, tmp_path / "small", "r=8", "base=not/there/at/all")
+    assert f"{tmp_path / 'small'} is written, and its loss could not be measured" in told
+    assert (tmp_path / "small/adapter_model.safetensors").is_file()
 
 
 def test_help_comes_without_torch():
