@@ -144,7 +144,6 @@ class Sharded(Module):
             plan: dict[str, Any] = {name: ColwiseParallel() for name in ("q_proj", "k_proj", "v_proj", "up_proj")}
             plan |= {name: RowwiseParallel() for name in ("o_proj", "down_proj")}
             parallelize_module(block, tensor, plan)
-            block.heads_here = block.heads
         if data.size() > 1:
             for block in self.net.blocks:
                 fully_shard(block, mesh=data)

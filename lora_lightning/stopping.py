@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -20,7 +19,6 @@ import torch.distributed as dist
 from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-Handler = Callable[[int, FrameType | None], Any]
 _SIGNALS = [
     number
     for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")

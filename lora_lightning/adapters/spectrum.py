@@ -126,12 +126,6 @@ def update_svd(a: Tensor, b: Tensor, scaling: float = 1.0) -> tuple[Tensor, Tens
     return q_b @ u, sigma, vt @ q_a.mT
 
 
-@torch.no_grad()
-def update_singular_values(a: Tensor, b: Tensor, scaling: float = 1.0) -> Tensor:
-    """``σ (..., k)`` of ``ΔW = s · B A``, from large to small; arguments as of :func:`update_svd`."""
-    return torch.linalg.svdvals(scaling * _core(a, b))
-
-
 def effective_rank(sigma: Tensor) -> Tensor:
     """``exp`` of the entropy of ``σ / Σσ`` (Roy and Vetterli 2007): ``(..., k) -> (...)``; 0 where all ``σ`` are.
 
