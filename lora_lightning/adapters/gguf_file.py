@@ -87,7 +87,12 @@ class GgufReport:
 
 @torch.no_grad()
 def write_gguf(
-    source: str | os.PathLike[str], path: str | os.PathLike[str], base: Mapping[str, Any], *, name: str | None = None
+    source: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    base: Mapping[str, Any],
+    *,
+    name: str | None = None,
+    base_name: str | None = None,
 ) -> GgufReport:
     """Write an adapter as a GGUF file, in float32.
 
@@ -97,6 +102,7 @@ def write_gguf(
         base: The base model's ``config.json``: ``model_type``, the numbers of layers and heads, whether its embedding
             and head are tied.
         name: What the file says it is called; None takes the folder's name.
+        base_name: What it says the base is called; None takes the adapter's word.
 
     Returns:
         What was written and how.
@@ -121,7 +127,7 @@ def write_gguf(
     writer = gguf.GGUFWriter(None, architecture.name)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_name(name or place.name)
-    if known := config.get("base_model_name_or_path"):
+    if known := base_name or config.get("base_model_name_or_path"):
         writer.add_base_model_count(1)
         writer.add_base_model_name(0, os.path.basename(known) if os.path.isabs(known) else known)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")

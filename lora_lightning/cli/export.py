@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_lightning.cli.told import told
-from lora_lightning.cli.which_adapter import which_adapter
+from lora_lightning.cli.which_adapter import run_named, which_adapter
 
 
 def main(arguments: Sequence[str] | None = None, command: str | None = None) -> None:
@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
     chosen = parser.parse_args(arguments)
     with told():
         adapter, run = which_adapter(chosen.adapter)
+        run = run_named(chosen.run) if chosen.run else run
         from lora_lightning.cli.exported import export  # torch: not for --help
 
         export(
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
             chosen.folder,
             form=chosen.form,
             base=chosen.base,
-            run=chosen.run or run,
+            run=run,
             hub=chosen.hub,
             private=chosen.private,
             pull_request=chosen.pull_request,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from lora_lightning.adapters.folder import check_folder
 from lora_lightning.adapters.hub import id_of, on_the_hub
 from lora_lightning.adapters.written import new_folder, refuse_existing
 from lora_lightning.cli.adapted import base_of
+from lora_lightning.cli.which_adapter import origin_of
 from lora_lightning.errors import AdapterError, LoraConfigError
 from lora_lightning.reports.card import Subject, write_card
 from lora_lightning.tasks.demo import original_of
@@ -64,21 +67,32 @@ def export(
     with new_folder(folder) as aside:
         if form == "gguf":
             model = base_of(adapter, config, base, trust_remote_code=trust_remote_code)
-            print(write_gguf(place, aside / _GGUF, _config_of(model), name=folder.name))
+            print(write_gguf(place, aside / _GGUF, _config_of(model), name=folder.name, base_name=base))
         else:
             export_folder(place, aside, fold_scaling=form == "vllm", base=base)
         subject = Subject(
             adapter=place if form == "gguf" else aside,
             repo=(hub or folder.name).partition("@")[0],
             run=run,
-            origin=place,
+            origin=origin_of(place),
             form=form,
             file=_GGUF,
         )
         write_card(subject, aside)
     _say_where_base_is(base or config.get("base_model_name_or_path"), form)
     if hub is not None:
-        print(push_adapter(folder, hub, private=private or None, create_pr=pull_request))
+        print(_sent(folder, hub, {"private": private or None, "create_pr": pull_request}))
+
+
+def _sent(folder: Path, hub: str, how: Mapping[str, Any]) -> str:
+    try:
+        return push_adapter(folder, hub, **how)
+    except AdapterError as error:
+        given = "".join(f", {name}={value}" for name, value in how.items() if value)
+        call = f"from lora_lightning import push_adapter; push_adapter({str(folder)!r}, {hub!r}{given})"
+        raise AdapterError(
+            f"{error}. The folder is whole, and this sends it:\npython -c {shlex.quote(call)}"
+        ) from error
 
 
 def _refuse_chain(place: Path, form: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -76,11 +77,13 @@ def test_for_vllm_one_scale_is_right_for_all(smoke, tmp_path, capsys):
 
 def test_for_llama_cpp_a_file_beside_its_card(smoke, tmp_path, capsys):
     run, _ = smoke
-    main([str(run), str(tmp_path / "out"), "--gguf"])
+    base = prepare_demo("demo:tiny-llama")
+    main([str(run), str(tmp_path / "out"), "--gguf", "--base", str(base)])
     assert names(tmp_path / "out") >= {"README.md", "adapter.gguf", "loss.png"}
     assert "a GGUF adapter for llama: 14 weights" in capsys.readouterr().out
     file = gguf.GGUFReader(tmp_path / "out/adapter.gguf")
     assert file.fields["general.name"].contents() == "out"
+    assert file.fields["general.base_model.0.name"].contents() == base.name
     saved = load_file(run / "adapter/adapter_model.safetensors")
     found = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in file.tensors}
     key = "base_model.model.model.layers.1.mlp.down_proj.lora_{}.weight"
@@ -94,7 +97,7 @@ def test_for_llama_cpp_a_file_beside_its_card(smoke, tmp_path, capsys):
 
 def test_what_is_written_is_sent_with_its_card(smoke, tmp_path, capsys, monkeypatch):
     run, _ = smoke
-    sent = {}
+    sent, broken = {}, [OSError("the line is dead")]
 
     class Api:
         def __init__(self, token=None):
@@ -107,18 +110,38 @@ def test_what_is_written_is_sent_with_its_card(smoke, tmp_path, capsys, monkeypa
             return []
 
         def create_commit(self, name, operations, **how):
+            if broken:
+                raise broken.pop()
             for operation in operations:
                 with operation.as_file() as file:
                     sent[operation.path_in_repo] = file.read()
             return SimpleNamespace(commit_url="https://huggingface.co/commit/1", pr_url=None)
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    main([str(run), str(tmp_path / "out"), "--hub", "someone/colours", "--private"])
+    told = refused(capsys, run, tmp_path / "out", "--hub", "someone/colours", "--private")
+    assert "the line is dead. The folder is whole, and this sends it:" in told
+    again = shlex.split(next(line for line in told.splitlines() if line.startswith("python -c ")))[2]
+    exec(again, {})
+    assert sent.keys() - {"repo"} == names(tmp_path / "out")
+    assert sent["repo"] == ("someone/colours", {"private": True, "exist_ok": True})
+    main([str(run), str(tmp_path / "second"), "--hub", "someone/colours", "--private"])
     assert "https://huggingface.co/commit/1" in capsys.readouterr().out
     assert sent["repo"] == ("someone/colours", {"private": True, "exist_ok": True})
     assert sent.keys() - {"repo"} == names(tmp_path / "out")
     assert b'PeftModel.from_pretrained(model, "someone/colours")' in sent["README.md"]
     assert sent["loss.png"] == (run / "loss.png").read_bytes()
+
+
+def test_the_best_of_a_sweep_has_the_card_of_its_job(smoke, tmp_path, capsys):
+    run, _ = smoke
+    shutil.copytree(run, tmp_path / "3")
+    shutil.copytree(run / "adapter", tmp_path / "best")
+    (tmp_path / "best/best.json").write_text(json.dumps({"folder": "3", "adapter": "3/adapter"}))
+    main([str(tmp_path / "best"), str(tmp_path / "out"), "--base", "gpt2"])
+    assert "others cannot have" not in capsys.readouterr().err
+    card = ModelCard.load(tmp_path / "out/README.md")
+    assert card.data.eval_results
+    assert "not of this one" not in card.text
 
 
 def test_an_adapter_alone_tells_what_it_knows(tmp_path, capsys):
@@ -152,6 +175,7 @@ def test_mistakes_are_told_and_nothing_is_left(smoke, tmp_path, capsys):
     assert "there are some; name one of them" in refused(capsys, run.parent, out)
     assert "--hub is owner/name" in refused(capsys, run, out, "--hub", "colours")
     assert "leave --gguf out" in refused(capsys, run, out, "--gguf", "--hub", "me/x")
+    assert "not the folder of a run" in refused(capsys, run, out, "--run", run / "adapter")
     assert "not allowed with argument" in refused(capsys, run, out, "--gguf", "--vllm")
     shutil.copytree(run / "adapter", tmp_path / "dora")
     config = json.loads((tmp_path / "dora/adapter_config.json").read_text()) | {"use_dora": True}
