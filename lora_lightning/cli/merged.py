@@ -11,12 +11,10 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from lora_lightning.adapters import MergeReport, adapter_folder, merge_lora
-from lora_lightning.adapters.facts import WEIGHTS_FILE
 from lora_lightning.adapters.folder import check_folder
 from lora_lightning.adapters.hub import copy_tokenizer
 from lora_lightning.adapters.merge_report import largest_difference, outputs_of
@@ -26,17 +24,8 @@ from lora_lightning.errors import AdapterError
 from lora_lightning.tasks.files import fetch_model
 from lora_lightning.tasks.hub_errors import explained
 from lora_lightning.tasks.model_config import ModelConfig
+from lora_lightning.tasks.task_types import of_task_type, labels_in
 
-# What a task type's model is loaded as; a causal model where an adapter does not say.
-_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
-_HEADS = (".score.weight", ".classifier.weight", ".classifier.out_proj.weight")
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
@@ -80,7 +69,7 @@ def merge_into_folder(
     config = check_folder(place)
     settings = base_of(adapter, config, base, trust_remote_code=trust_remote_code)
     source = fetch_model(settings)
-    model = _load(settings, source, config, _labels(place), dtype)
+    model = _load(settings, source, config, labels_in(place), dtype)
     make_room(model, place, config, trust_remote_code)
     adapt(model, place, settings.name, any_base=any_base)
     batch = _batch(model, place, source, text, trust_remote_code)
@@ -114,15 +103,8 @@ def _load(
             stored = getattr(own, "dtype", None) or torch.float32
             stored = getattr(torch, stored) if isinstance(stored, str) else stored
             wanted = torch.promote_types(stored, getattr(torch, dtype))
-        loader = getattr(transformers, _CLASSES[task])
+        loader = getattr(transformers, of_task_type(task).auto_class)
         return loader.from_pretrained(source, config=own, dtype=wanted, **trusted)
-
-
-def _labels(place: Path) -> int | None:
-    """How many classes a trained head tells apart, where there is one."""
-    with safe_open(place / WEIGHTS_FILE, "pt") as file:
-        heads = [key for key in file.keys() if key.endswith(_HEADS)]  # noqa: SIM118  # not a dict
-        return file.get_slice(heads[0]).get_shape()[0] if heads else None
 
 
 def _batch(model: PreTrainedModel, place: Path, source: Path, text: str, trust_remote_code: bool) -> dict[str, Tensor]:

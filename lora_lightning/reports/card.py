@@ -15,22 +15,16 @@ from safetensors import safe_open
 from lora_lightning.adapters import read_record
 from lora_lightning.adapters.facts import WEIGHTS_FILE
 from lora_lightning.adapters.folder import read_peft_config
-from lora_lightning.adapters.hub import id_of
+from lora_lightning.adapters.hub import id_of, on_the_hub, page_of
 from lora_lightning.adapters.pairs import A_ENDINGS, of_config
 from lora_lightning.reports import card_parts as parts
+from lora_lightning.reports import card_use as use
 from lora_lightning.reports.page.folder import Run, read_run
 from lora_lightning.reports.page.words import bytes_of
 from lora_lightning.tasks.demo import original_of
+from lora_lightning.tasks.task_types import of_task_type
 
 PICTURES = {"loss.png": "Training and validation loss", "insight.png": "What the updates of the layers came to"}
-_PIPELINES = {
-    "CAUSAL_LM": "text-generation",
-    "SEQ_CLS": "text-classification",
-    "SEQ_2_SEQ_LM": "text2text-generation",
-    "TOKEN_CLS": "token-classification",
-    "QUESTION_ANS": "question-answering",
-    "FEATURE_EXTRACTION": "feature-extraction",
-}
 _TASKS = {"CausalLM": "CAUSAL_LM", "SequenceClassification": "SEQ_CLS"}
 _FORMS = {"peft": "peft", "vllm": "peft", "gguf": "gguf"}
 
@@ -67,6 +61,19 @@ class Subject:
         return self.run is not None and origin.is_relative_to(self.run.absolute() / "adapter")
 
 
+@dataclass(frozen=True)
+class _Base:
+    """The base model as others know it: a name on the Hub, else what its folder is called here."""
+
+    name: str
+    shared: bool = False
+
+    @property
+    def place(self) -> str:
+        """What it is loaded from."""
+        return self.name if self.shared else f"path/to/{self.name or 'base'}"
+
+
 def write_card(subject: Subject, folder: Path) -> Path:
     """Write ``README.md`` into a folder, with the run's pictures beside it.
 
@@ -89,28 +96,28 @@ def model_card(subject: Subject, *, pictures: Sequence[str] = ()) -> str:
         pictures: Files beside the card that it shows.
     """
     config, run = read_peft_config(subject.adapter), None if subject.run is None else read_run(subject.run)
-    base, task = _base(config), _task(config, run)
+    base, task = _base_of(config), _task(config, run)
     body = [
         f"# {subject.name}",
         _summary(subject, config, base),
         *parts.figures(run, at_the_end=subject.at_the_end),
         *(f"![{PICTURES.get(each, each)}]({each})" for each in pictures),
         *parts.samples(run),
-        _use(subject, config, base or "the base model", task),
+        _use(subject, config, base, task),
         *parts.settings(run),
         *parts.environment(run),
     ]
     return f"---\n{_header(subject, base, task, run)}\n---\n\n" + "\n\n".join(body) + "\n"
 
 
-def _header(subject: Subject, base: str | None, task: str, run: Run | None) -> str:
-    known = base if base and id_of(base) else None
+def _header(subject: Subject, base: _Base, task: str, run: Run | None) -> str:
+    known = base.name if base.shared else None
     data = str(parts.node(run, "data").get("path") or "")
     results = _results(run, task) if run is not None and subject.at_the_end else []
     header = ModelCardData(
         base_model=known,
         library_name=_FORMS[subject.form],
-        pipeline_tag=_PIPELINES.get(task),
+        pipeline_tag=of_task_type(task).pipeline,
         tags=["lora", "lora-lightning", *([f"base_model:adapter:{known}"] if known else [])],
         datasets=[data] if id_of(data) and not os.path.exists(data) else None,
         model_name=subject.name if results else None,
@@ -130,7 +137,7 @@ def _results(run: Run, task: str) -> list[EvalResult]:
         if split in ("val", "test") and number and not key.endswith("_before"):
             found.append(
                 EvalResult(
-                    task_type=_PIPELINES.get(task, "other"),
+                    task_type=of_task_type(task).pipeline,
                     dataset_type="custom",
                     dataset_name=parts.public(name),
                     dataset_split="validation" if split == "val" else split,
@@ -142,8 +149,8 @@ def _results(run: Run, task: str) -> list[EvalResult]:
     return found
 
 
-def _summary(subject: Subject, config: Mapping[str, Any], base: str | None) -> str:
-    linked = f"[{base}](https://huggingface.co/{base})" if base and id_of(base) else base
+def _summary(subject: Subject, config: Mapping[str, Any], base: _Base) -> str:
+    linked = f"[{base.name}]({page_of(base.name)})" if base.shared else base.name
     kind = "aLoRA" if config.get("alora_invocation_tokens") else "DoRA" if config.get("use_dora") else "LoRA"
     stable = ", rank-stabilised" if config.get("use_rslora") else ""
     parameters, updates = _counted(subject.adapter)
@@ -166,18 +173,20 @@ def _summary(subject: Subject, config: Mapping[str, Any], base: str | None) -> s
     return " ".join(sentences)
 
 
-def _use(subject: Subject, config: Mapping[str, Any], base: str, task: str) -> str:
+def _use(subject: Subject, config: Mapping[str, Any], base: _Base, task: str) -> str:
     if subject.form == "gguf":
-        return parts.use_in_llama_cpp(subject.file)
+        return use.in_llama_cpp(subject.file)
     if subject.form == "vllm":
-        return parts.use_in_vllm(base, subject.repo, subject.name, config["r"])
-    return parts.use_in_python(base, subject.repo, task)
+        return use.in_vllm(base.place, subject.repo, subject.name, config["r"])
+    below = [parts.public(each) for each in read_record(subject.adapter).get("bases", ())]
+    return use.in_python(subject.adapter, config, base=base.place, repo=subject.repo, task=task, below=below)
 
 
-def _base(config: Mapping[str, Any]) -> str | None:
-    """The base model as others know it: on the Hub where it is there, else the last part of its folder."""
-    base = config.get("base_model_name_or_path")
-    return None if not base else original_of(base) or parts.public(base)
+def _base_of(config: Mapping[str, Any]) -> _Base:
+    name = str(config.get("base_model_name_or_path") or "")
+    if original := original_of(name):
+        return _Base(original, shared=True)
+    return _Base(name, shared=True) if name and on_the_hub(name) else _Base(os.path.basename(name.rstrip("/")))
 
 
 def _task(config: Mapping[str, Any], run: Run | None) -> str:

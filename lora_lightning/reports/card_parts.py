@@ -1,9 +1,9 @@
-"""The sections of a model card: what came out, what it writes, how to use it, how it was trained, and where."""
+"""The sections of a model card: what came out, what it writes, how it was trained, and where."""
 
 from __future__ import annotations
 
-import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +13,8 @@ from lora_lightning.reports.page.settings import what_matters
 from lora_lightning.reports.texts import printable
 
 _MOST_SAMPLES, _LONGEST = 5, 300
-_RANKS_OF_VLLM = (8, 16, 32, 64, 128, 256, 320, 512)
+# What readers of Markdown act upon, of CommonMark and beyond: tables, formulas, bare addresses.
+_MARKUP = re.compile(r"[\\`*~\[\]<&|$@]|(?<![^\W_])_|_(?![^\W_])|(?<=:)/|(?<=www)\.", re.IGNORECASE)
 
 
 def figures(run: Run | None, *, at_the_end: bool) -> list[str]:
@@ -51,51 +52,13 @@ def samples(run: Run | None) -> list[str]:
     return ["## What it writes", table(("prompt", "before", "after", "reference"), rows)] if rows else []
 
 
-def use_in_python(base: str, repo: str, task: str) -> str:
-    """Loading it with PEFT, and with this package."""
-    loader = "AutoModelForSequenceClassification" if task == "SEQ_CLS" else "AutoModelForCausalLM"
-    place = json.dumps(repo)
-    return f"""## How to use it
-
-With PEFT:
-
-```python
-from peft import PeftModel
-from transformers import {loader}, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained({place})
-model = {loader}.from_pretrained({json.dumps(base)})
-model = PeftModel.from_pretrained(model, {place})
-```
-
-With lora_lightning, which also goes on training it (`LoraCallback(adapter={place})`) and merges it:
-
-```python
-from lora_lightning import load_adapter
-
-load_adapter(model, {place})
-```"""
-
-
-def use_in_vllm(base: str, repo: str, name: str, r: int) -> str:
-    """Serving it with vLLM, whose largest rank has to be said."""
-    rank = next((each for each in _RANKS_OF_VLLM if each >= r), r)
-    serve = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={repo}"
-    return f"## How to use it\n\n```sh\n{serve}\n```"
-
-
-def use_in_llama_cpp(file: str) -> str:
-    """Giving it to llama.cpp beside the base's own file."""
-    return f'## How to use it\n\n```sh\nllama-cli -m base.gguf --lora {file} -p "…"\n```'
-
-
 def settings(run: Run | None) -> list[str]:
     """How it was trained, what matters first."""
     if run is None or not run.config:
         return []
     overrides = [str(each) for each in run.result.get("overrides") or run.about.get("overrides") or ()]
     rows = [
-        (group.title if number == 0 else "", f"`{setting.key}`", public(setting.value))
+        (group.title if number == 0 else "", setting.key, public(setting.value))
         for group in what_matters(run.config, overrides)
         for number, setting in enumerate(group.settings)
     ]
@@ -124,19 +87,20 @@ def public(text: str) -> str:
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table in Markdown.
+    r"""A table in Markdown.
 
-    >>> print(table(("a", "b"), [(1, None)]))
+    >>> print(table(("a", "b"), [(1, None), ("*", "two\nlines")]))
     | a | b |
     | --- | --- |
     | 1 |  |
+    | &#42; | two lines |
     """
     lines = [headings, ["---"] * len(headings), *([_cell(each) for each in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _cell(value: Any) -> str:
-    """A text in one line, in which nothing is markup."""
+    """A text in one line, in which nothing is markup: it may be a model's, or of anybody's data."""
     text = " ".join(printable(str("" if value is None else value)).split())
     text = text if len(text) <= _LONGEST else f"{text[:_LONGEST].rstrip()} …"
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    return _MARKUP.sub(lambda found: f"&#{ord(found[0])};", text)

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
+import torch
+import transformers
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+from transformers import AutoTokenizer
 
-from lora_lightning import LoraConfig, inject_lora, resize_adapter, save_adapter
+from lora_lightning import AdapterError, LoraConfig, inject_lora, resize_adapter, save_adapter
+from lora_lightning.adapters.folder import chain_of
+from lora_lightning.adapters.merge import fold_in
+from lora_lightning.cli import export
+from lora_lightning.config import TASK_TYPES
+from lora_lightning.injection.state import record_of, the_root
 from lora_lightning.reports.card import Subject, model_card, write_card
+from lora_lightning.reports.card_parts import table
+from lora_lightning.tasks.task_types import of_task_type
+from lora_lightning.tasks.tiny_llama import write_tiny_llama
 
 RESULT = {
     "status": "finished",
@@ -64,7 +78,7 @@ def test_it_tells_what_people_want_to_know(run):
     assert "A LoRA adapter over tiny: rank 4, alpha 8 (scale 4, rank-stabilised)" in card
     assert "| Validation loss | 4.41 | 2.53 | −43 % |" in card
     assert "![Training and validation loss](loss.png)" in card
-    assert "| A \\| B &lt;b> | \N{REPLACEMENT CHARACTER}[2J | two lines | C |" in card
+    assert "| A &#124; B &#60;b> | \N{REPLACEMENT CHARACTER}&#91;2J | two lines | C |" in card
     assert 'PeftModel.from_pretrained(model, "me/headlines")' in card
     assert "| python | 3.11 |" in card
     assert "trains 3.50 % (4.88 M of 139 M parameters)" in card
@@ -98,6 +112,21 @@ def test_a_data_set_of_the_hub_is_linked(run):
     assert "AutoModelForSequenceClassification" in card.text
 
 
+@pytest.mark.parametrize(
+    ("name", "shared", "loaded"),
+    [("gpt2", True, "gpt2"), ("owner/base", True, "owner/base"), ("models/base", False, "path/to/base")],
+)
+def test_a_base_is_linked_where_others_find_it(run, tmp_path, monkeypatch, name, shared, loaded):
+    monkeypatch.chdir(tmp_path)
+    Path("models/base").mkdir(parents=True)
+    config = json.loads((run / "adapter/adapter_config.json").read_text()) | {"base_model_name_or_path": name}
+    (run / "adapter/adapter_config.json").write_text(json.dumps(config))
+    card = ModelCard(model_card(Subject(run / "adapter", "small", run=run)))
+    assert card.data.base_model == (name if shared else None)
+    assert ("huggingface.co" in card.text) == shared
+    assert f'AutoModelForCausalLM.from_pretrained("{loaded}")' in card.text
+
+
 def test_a_run_that_has_not_finished_says_so(run):
     (run / "result.json").unlink()
     card = model_card(Subject(run / "adapter", "small", run=run))
@@ -110,3 +139,139 @@ def test_without_a_run_the_adapter_speaks_for_itself(run):
     assert "rank 4" in card
     assert "What came out" not in card
     assert "How it was trained" not in card
+
+
+# ---- the code that it tells
+
+
+@pytest.fixture
+def bases(tmp_path, monkeypatch):
+    """Folders of base models, where the card's code looks for one of this machine; that of the test is the current."""
+    monkeypatch.chdir(tmp_path)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    transformers.BertModel(transformers.BertConfig(vocab_size=64, **sizes)).save_pretrained("path/to/bert")
+    write_tiny_llama(tmp_path / "path/to/llama")
+    return tmp_path / "path/to"
+
+
+def moved(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def exported(model, tokenizer=None):
+    """Write a model's adapter, export it, and give the card's two pieces of code, of which each loads it."""
+    folder = save_adapter(model, "trained")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    export.main(["trained", "out"])
+    with_peft, with_this = re.findall(r"```python\n(.*?)```", Path("out/README.md").read_text(), re.DOTALL)
+    return with_peft, with_peft.rstrip().rpartition("\n")[0] + "\n" + with_this
+
+
+def assert_loads(code, model, tokens, known=None):
+    names = {}
+    exec(code, names)
+    found = names["model"].eval()
+    with torch.no_grad():
+        for new, old in zip(found(tokens).to_tuple(), model(tokens).to_tuple(), strict=True):
+            if isinstance(old, torch.Tensor):
+                torch.testing.assert_close(new[..., :known], old[..., :known], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("base", "task", "settings"),
+    [
+        ("bert", "SEQ_CLS", {"num_labels": 5}),
+        ("llama", "SEQ_CLS", {"num_labels": 3}),
+        ("bert", "TOKEN_CLS", {"num_labels": 7}),
+        ("bert", "QUESTION_ANS", {}),
+        ("bert", "FEATURE_EXTRACTION", {}),
+        ("llama", "CAUSAL_LM", {}),
+    ],
+)
+def test_its_code_loads_the_adapter_of_any_task(bases, base, task, settings):
+    loader = getattr(transformers, of_task_type(task).auto_class)
+    model = moved(inject(loader.from_pretrained(bases / base, **settings), task_type=task))
+    for code in exported(model):
+        assert "AutoTokenizer" not in code  # none was exported
+        assert_loads(code, model, torch.arange(9)[None])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {"trainable_token_indices": [-2, -1]},
+        {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+    ],
+)
+def test_its_code_makes_room_for_tokens_that_were_added(bases, fields):
+    tokenizer = AutoTokenizer.from_pretrained(bases / "llama")
+    model = transformers.AutoModelForCausalLM.from_pretrained(bases / "llama")
+    rows = model.config.vocab_size
+    tokenizer.add_tokens([f"<new {number}>" for number in range(rows + 2 - len(tokenizer))])
+    model.resize_token_embeddings(len(tokenizer))
+    if "trainable_token_indices" in fields:
+        fields = {"trainable_token_indices": [rows, rows + 1]}
+    model = moved(inject(model, **fields))
+    # What resizing draws at random is in no adapter over an embedding.
+    tokens, known = ([5, 8, 7], rows) if "target_modules" in fields else ([5, rows, 7, rows + 1], None)
+    for code in exported(model, tokenizer):
+        assert_loads(code, model, torch.tensor([tokens]), known)
+
+
+def test_its_code_folds_in_what_lies_below(bases):
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    save_adapter(moved(inject(load(bases / "llama"))), "first")
+    model = load(bases / "llama")
+    fold_in(model, "first")
+    inject(model)
+    record_of(the_root(model)[1]).bases = chain_of("first")
+    model = moved(model)
+    for code in exported(model):
+        assert_loads(code, model, torch.arange(9)[None])
+
+
+def inject(model, **fields):
+    inject_lora(model, LoraConfig(r=4, **fields))
+    return model
+
+
+@pytest.mark.parametrize("task", TASK_TYPES)
+def test_every_task_type_has_its_model(task):
+    assert hasattr(transformers, of_task_type(task).auto_class)
+
+
+def test_an_unknown_task_type_is_told():
+    with pytest.raises(AdapterError, match=r"no task_type 'SEQ_CSL' \(did you mean SEQ_CLS"):
+        of_task_type("SEQ_CSL")
+
+
+# ---- texts of others
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "![x](https://somewhere.example/pixel.png)",
+        "[a](javascript:alert(1)) *b* _c_ __c__ snake_case **d** ~~e~~ `f`",
+        "a | b \\| c \\",
+        "<img src=https://somewhere.example/pixel.png> <!-- &lt;b&gt;",
+        "https://somewhere.example www.somewhere.example me@somewhere.example <https://somewhere.example>",
+        "two\n\n# lines\n| --- |",
+    ],
+)
+def test_texts_of_others_are_no_markup(text):
+    written = table(("a", "b"), [(text, 1)])
+    assert "://" not in written
+    assert "www." not in written
+    page = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(written)
+    cells = [each for each in page if each.type == "inline"]
+    assert [each.content for each in cells][:2] == ["a", "b"]
+    assert len(cells) == 4
+    assert {part.type for part in cells[2].children} <= {"text", "text_special"}
+    assert "".join(part.content for part in cells[2].children) == " ".join(text.split())
