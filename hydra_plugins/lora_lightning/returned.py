@@ -29,7 +29,7 @@ class ReturnedValue(Callback):
         """Write what is missing. The other processes of a job were started into the same folder and leave it alone."""
         # Here, since this module is imported by each Hydra app on the machine.
         from lora_lightning.cli.run_folder import is_first_process
-        from lora_lightning.sweeps.runs import write_whole
+        from lora_lightning.reports.whole import write_whole
 
         if not is_first_process():
             return

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_lightning.sweeps.runs import write_whole
+from lora_lightning.reports.whole import write_whole
 
 FORMAT = 1
 

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lora_lightning.reports.whole import write_whole
 
 FIELDS = (
     "status",
@@ -128,17 +129,8 @@ def peak_memory_bytes(device: torch.device) -> int | None:
 
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> Path:
-    """Write a mapping as JSON beside its place and move it there; numbers that are not finite become null."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".tmp", delete=False) as file:
-        json.dump(_jsonable(content), file, indent=2, allow_nan=False)
-        file.write("\n")
-    # Temporary files are private; this one takes the permissions that any new file would have got.
-    umask = os.umask(0)
-    os.umask(umask)
-    Path(file.name).chmod(0o666 & ~umask)
-    return Path(file.name).replace(path)
+    """Write a mapping as JSON, whole or not at all; numbers that are not finite become null."""
+    return write_whole(Path(path), json.dumps(_jsonable(content), indent=2, allow_nan=False) + "\n")
 
 
 def _jsonable(value: Any) -> Any:

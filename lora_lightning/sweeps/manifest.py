@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_lightning.errors import LoraConfigError
+from lora_lightning.reports.whole import write_whole
 from lora_lightning.sweeps.locks import holder, lock
-from lora_lightning.sweeps.runs import Job, read_json, write_whole
+from lora_lightning.sweeps.runs import Job, read_json
 
 NAME = "sweep.json"
 LOCK = ".{}.lock"

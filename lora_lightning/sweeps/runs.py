@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,17 +75,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
-
-
-def write_whole(path: Path, text: str) -> Path:
-    """Write a text beside its place and move it there: whoever reads the file finds all of it, or what was there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}-{secrets.token_hex(4)}.tmp")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        return beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def result_of(job: Job) -> dict[str, Any] | None:

@@ -12,7 +12,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lora_lightning.sweeps.runs import PROGRESS, write_whole
+from lora_lightning.reports.whole import write_whole
+from lora_lightning.sweeps.runs import PROGRESS
 
 
 class StatusFile(Callback):

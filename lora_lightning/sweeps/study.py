@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_lightning.errors import LoraConfigError, did_you_mean
-from lora_lightning.sweeps.runs import read_json, write_whole
+from lora_lightning.reports.whole import write_whole
+from lora_lightning.sweeps.runs import read_json
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage

@@ -6,7 +6,6 @@ import base64
 import hashlib
 import io
 import os
-import secrets
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from markupsafe import Markup
 from lora_lightning import __version__
 from lora_lightning.errors import AdapterError
 from lora_lightning.reports.texts import printable
+from lora_lightning.reports.whole import write_whole
 
 PAGE = "report.html"
 _GENERATOR = '<meta name="generator" content="lora_lightning'
@@ -51,12 +51,7 @@ def write(folder: Path, template: str, **content: Any) -> Path:
             policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src '{_hash(script)}'",
         )
     )
-    beside = folder / f".{PAGE}-{secrets.token_hex(4)}.tmp"
-    try:
-        beside.write_text(text, encoding="utf-8")
-        return beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    return write_whole(path, text)
 
 
 def picture(png: Path) -> str:

@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 from lora_lightning.errors import LoraConfigError
+from lora_lightning.reports.whole import write_whole
 from lora_lightning.sweeps.report.best import keep_best
 from lora_lightning.sweeps.report.collect import Sweep, check_metric, collect
 from lora_lightning.sweeps.report.data import as_data
 from lora_lightning.sweeps.report.tables import as_csv, as_markdown, as_table
-from lora_lightning.sweeps.runs import write_whole
 
 __all__ = ["Sweep", "as_data", "as_table", "collect", "write", "write_report"]
 
