@@ -20,11 +20,14 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
         command: How the program is called, for its help.
     """
     chosen = vars(_parser(command).parse_args(arguments))
-    with told():
-        places = [which_adapter(place) for place in chosen.pop("adapter")]
-        from lora_lightning.cli.talk import talk  # torch and transformers: not for --help
+    try:
+        with told():
+            places = [which_adapter(place) for place in chosen.pop("adapter")]
+            from lora_lightning.cli.talk import talk  # torch and transformers: not for --help
 
-        talk(places, **chosen)
+            talk(places, **chosen)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # as a shell has it
 
 
 def _parser(command: str | None) -> argparse.ArgumentParser:
@@ -41,7 +44,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--prompt", action="append", help="answer this and end; may be given several times")
     parser.add_argument("--base", help="name or folder of the base model (default: that of the run)")
     parser.add_argument("--any-base", action="store_true", help="take a base that is not the one of the training")
-    parser.add_argument("--system", help="a system message (default: that of the run's data)")
+    parser.add_argument("--system", help="a system message (default: that of each run's data; '': none)")
     parser.add_argument("--raw", action="store_true", help="continue texts as they stand, without a chat template")
     parser.add_argument("--only", choices=("adapter", "base"), help="one side alone answers")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="of an answer, at most (default: %(default)s)")

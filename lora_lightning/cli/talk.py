@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from jinja2 import TemplateError
+
 from lora_lightning.cli.quiet import quieten
 from lora_lightning.cli.told import show_error
 from lora_lightning.cli.voices import BASE, Voice, Voices, load_voices
@@ -48,7 +50,7 @@ def talk(
         prompt: What to answer, each a conversation of its own; None reads from the input.
         base: Name or folder of the base model; None takes the run's or the adapter's word.
         any_base: Take a base that is not the one of the training.
-        system: A system message; None takes that of the run's data.
+        system: A system message; None takes that of each run's data.
         raw: Continue texts as they stand.
         only: ``adapter`` or ``base``: one side alone answers.
         max_new_tokens: Of an answer, at most.
@@ -64,7 +66,7 @@ def talk(
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     quieten(bars=False)
     voices = load_voices(places, base=base, any_base=any_base, trust_remote_code=trust_remote_code)
-    conversation = Conversation(voices, sampling, voices.system if system is None else system, raw=raw)
+    conversation = Conversation(voices, sampling, system, raw=raw)
     if only is not None:
         conversation.obey(f"/{only}")
     screen = Columns() if sys.stdout.isatty() else Plain()
@@ -87,11 +89,11 @@ class Conversation:
     Args:
         voices: Those who answer.
         sampling: How tokens are chosen.
-        system: A system message, or None.
+        system: A system message; empty: none; None: that of each one's training.
         raw: Continue texts as they stand, without a chat template and without a history.
     """
 
-    def __init__(self, voices: Voices, sampling: Sampling, system: str | None, *, raw: bool = False) -> None:
+    def __init__(self, voices: Voices, sampling: Sampling, system: str | None = None, *, raw: bool = False) -> None:
         self.sampling = sampling
         self.system = system
         self._voices = voices
@@ -107,14 +109,17 @@ class Conversation:
 
     def reset(self) -> None:
         """Forget what was said."""
-        begin = [{"role": "system", "content": self.system}] if self.system else []
-        self._said = {voice.name: list(begin) for voice in self._voices.voices}
+        self._said = {voice.name: self._beginning(voice) for voice in self._voices.voices}
+
+    def _beginning(self, voice: Voice) -> list[dict[str, str]]:
+        system = voice.reading.system if self.system is None else self.system
+        return [{"role": "system", "content": system}] if system else []
 
     def answer(self, text: str, screen: Columns | Plain) -> None:
         """Have all voices answer, one after the other; an interrupt ends the answers, and what there is of them stays.
 
         Raises:
-            LoraConfigError: What was said is longer than the model can read.
+            LoraConfigError: What was said is longer than the model can read, or its chat template refuses it.
         """
         with screen.answers(self.speaking) as tell:
             for voice in self._speaking:
@@ -123,6 +128,7 @@ class Conversation:
     def _answer(self, voice: Voice, text: str, tell: Callable[[str], None]) -> None:
         said, pieces = self._said[voice.name], list[str]()
         asked = [*said, {"role": "user", "content": text}]
+        tokenizer = voice.reading.tokenizer
 
         def heard(piece: str) -> None:
             pieces.append(piece)
@@ -130,15 +136,19 @@ class Conversation:
 
         try:
             with voice.answering():
-                stream_text(self._voices.model, self._voices.tokenizer, self._prompt(asked), self.sampling, heard)
+                stream_text(self._voices.model, tokenizer, self._prompt(tokenizer, asked), self.sampling, heard)
         finally:
             if pieces and not self._raw:
                 said[:] = [*asked, {"role": "assistant", "content": "".join(pieces).strip()}]
 
-    def _prompt(self, messages: list[dict[str, str]]) -> str:
-        tokenizer: Any = self._voices.tokenizer
+    def _prompt(self, tokenizer: Any, messages: list[dict[str, str]]) -> str:
         if not self._raw:
-            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            try:
+                return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            except TemplateError as error:
+                system = messages[0]["role"] == "system"
+                remedy = ". To leave the system message out: --system '', or /system" if system else ""
+                raise LoraConfigError(f"the chat template refuses this conversation: {error}{remedy}") from error
         # What the tokenizer puts before a text belongs to it, what it puts behind does not.
         before = [token for token in tokenizer("")["input_ids"] if token != tokenizer.eos_token_id]
         return (tokenizer.decode(before) if before else "") + messages[-1]["content"]
@@ -172,7 +182,7 @@ class Conversation:
             field, kind = numbers[name]
             self.sampling = replace(self.sampling, **{field: _number(name, value, kind)})
         elif name == "system":
-            self.system = value.strip() or None
+            self.system = value.strip()
             self.reset()
         elif name == "reset":
             self.reset()

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.text import Text
 
+from lora_lightning.cli.quiet import quieten_imports
 from lora_lightning.errors import AdapterError, LoraConfigError
 
 
@@ -28,7 +29,11 @@ class CommandError(LoraConfigError):
 
 @contextlib.contextmanager
 def told() -> Iterator[None]:
-    """Print this package's own errors and leave with status 1; ``HYDRA_FULL_ERROR=1`` lets them through instead."""
+    """Print this package's own errors and leave with status 1; ``HYDRA_FULL_ERROR=1`` lets them through instead.
+
+    What comes of imports in it says nothing to the person who is told, and is not shown.
+    """
+    quieten_imports()
     try:
         yield
     except (LoraConfigError, AdapterError) as error:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import itertools
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,11 +29,28 @@ from lora_lightning.tasks.model_config import ModelConfig
 BASE = "base"
 
 
+class Reading(NamedTuple):
+    """What stands before a model's eyes when it is asked: the way of its training.
+
+    Attributes:
+        tokenizer: With the chat template.
+        system: The system message that the run put before its rows, or None.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    system: str | None
+
+
+Answering = Callable[[], AbstractContextManager[Any]]
+"""The context in which a model is one of those who answer."""
+
+
 class Voice(NamedTuple):
-    """One that answers: what it is called, and the context in which the model is it."""
+    """One that answers: what it is called, the context in which the model is it, and how it is asked."""
 
     name: str
-    answering: Callable[[], AbstractContextManager[Any]]
+    answering: Answering
+    reading: Reading
 
 
 @dataclass(frozen=True)
@@ -41,10 +58,7 @@ class Voices:
     """A model and those it answers for, the base first."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
     voices: list[Voice]
-    system: str | None
-    """The system message that the run put before its rows."""
 
 
 def load_voices(
@@ -66,24 +80,25 @@ def load_voices(
     configs = [check_folder(folder) for folder in folders]
     for folder, config in zip(folders, configs, strict=True):
         _check_task(folder, config)
-    run = _config_of(places[0].run)
-    settings = _model_of(run, base) or base_of(str(folders[0]), configs[0], base)
+    runs = [_config_of(place.run) for place in places]
+    settings = _model_of(runs[0], base) or base_of(str(folders[0]), configs[0], base)
     settings = replace(settings, trust_remote_code=settings.trust_remote_code or trust_remote_code)
-    tokenizer = tokenizer_in(folders[0], settings.trust_remote_code) or load_tokenizer(settings)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    install_template(tokenizer)
+    readings = [_reading(folder, run, settings) for folder, run in zip(folders, runs, strict=True)]
     model = load_model(settings, "causal_lm")
     for folder, config in zip(folders, configs, strict=True):
         make_room(model, folder, config, settings.trust_remote_code)
     if len(folders) == 1:
         adapt(model, folders[0], settings.name, any_base=any_base)
-        voices = [Voice(BASE, functools.partial(lora_disabled, model)), Voice("adapter", contextlib.nullcontext)]
+        voices = [
+            Voice(BASE, functools.partial(lora_disabled, model), readings[0]),
+            Voice("adapter", contextlib.nullcontext, readings[0]),
+        ]
     else:
-        voices = _compared(model, places, folders, configs, settings.name, any_base=any_base)
+        answering = _compared(model, _labels(places), folders, configs, settings.name, any_base=any_base)
+        voices = [Voice(*each, reading) for each, reading in zip(answering, [readings[0], *readings], strict=True)]
     if settings.quantisation is None:  # bitsandbytes has put it in its place
         model.to(likely_device())  # type: ignore[arg-type]  # transformers' signature says less than it takes
-    return Voices(model.eval(), tokenizer, voices, (run.get("data") or {}).get("system_prompt"))
+    return Voices(model.eval(), voices)
 
 
 def _check_task(folder: Path, config: dict[str, Any]) -> None:
@@ -112,33 +127,41 @@ def _model_of(run: dict[str, Any], base: str | None) -> ModelConfig | None:
     return replace(ModelConfig.of(run["model"]), gradient_checkpointing=False, compile=False, in_parts=False)
 
 
+def _reading(folder: Path, run: dict[str, Any], settings: ModelConfig) -> Reading:
+    """How the adapter in a folder was asked in its training; without a tokenizer there, as its base is."""
+    tokenizer = tokenizer_in(folder, settings.trust_remote_code) or load_tokenizer(settings)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    install_template(tokenizer)
+    return Reading(tokenizer, (run.get("data") or {}).get("system_prompt"))
+
+
 def _compared(
     model: PreTrainedModel,
-    places: Sequence[Which],
+    labels: Sequence[str],
     folders: Sequence[Path],
     configs: Sequence[dict[str, Any]],
     base: str,
     *,
     any_base: bool,
-) -> list[Voice]:
+) -> list[tuple[str, Answering]]:
     """Several adapters beside one model, each put into it while it answers."""
     names = [config.get("base_model_name_or_path") for config in configs]
     if len({*names}) > 1 and not any_base:
         told = "".join(f"\n  - {folder}: {name}" for folder, name in zip(folders, names, strict=True))
         raise AdapterError(f"adapters are compared over one base, and these name several:{told}")
     adapters = Adapters(model)
-    voices = [Voice(BASE, functools.partial(_put_in, adapters))]
-    for place, folder in zip(places, folders, strict=True):
+    answering: list[tuple[str, Answering]] = [(BASE, functools.partial(_put_in, adapters))]
+    for name, folder in zip(labels, folders, strict=True):
         if read_record(folder).get("bases"):
             raise AdapterError(f"{folder} was trained over a base with another adapter folded in: give it alone")
-        name = _label(place, [voice.name for voice in voices])
         with quiet_about_the_base():
             adapters.load(name, folder)
         if not any_base:
             with _put_in(adapters, name):
                 check_base(model, folder, base)
-        voices.append(Voice(name, functools.partial(_put_in, adapters, name)))
-    return voices
+        answering.append((name, functools.partial(_put_in, adapters, name)))
+    return answering
 
 
 @contextlib.contextmanager
@@ -147,8 +170,17 @@ def _put_in(adapters: Adapters, *names: str) -> Iterator[None]:
     yield
 
 
-def _label(place: Which, taken: Collection[str]) -> str:
-    """A short name that tells an adapter from the others: that of its run, or of its folder."""
-    name = re.sub(r"[^\w.+=-]", "_", (place.run or Path(place.adapter)).absolute().name).lstrip(".+=-")
-    numbered = (f"{name}-{number}" for number in itertools.count(2))
-    return next(each for each in itertools.chain([name], numbered) if each not in taken)
+def _labels(places: Sequence[Which]) -> list[str]:
+    """Short names that tell adapters from each other: of their runs, or of their folders, as far as these differ."""
+    runs = [place.run for place in places]
+    named = [place.run if place.run and runs.count(place.run) == 1 else place.adapter for place in places]
+    paths = [Path(each).absolute() for each in named]
+    labels = [BASE]
+    for path in paths:
+        others = {other.parts for other in paths if other != path}
+        lengths = range(1, len(path.parts) + 1)
+        tail = next(path.parts[-n:] for n in lengths if all(other[-n:] != path.parts[-n:] for other in others))
+        name = re.sub(r"[^\w.+=-]", "_", "_".join(tail)).lstrip(".+=-")
+        numbered = (f"{name}-{number}" for number in itertools.count(2))
+        labels.append(next(each for each in itertools.chain([name], numbered) if each not in labels))
+    return labels[1:]

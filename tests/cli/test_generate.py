@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lora_lightning import LoraConfig, inject_lora, save_adapter
 from lora_lightning.cli import generate
 from lora_lightning.cli.talk import Conversation
-from lora_lightning.cli.voices import load_voices
-from lora_lightning.cli.which_adapter import which_adapter
+from lora_lightning.cli.voices import _labels, load_voices
+from lora_lightning.cli.which_adapter import Which, which_adapter
 from lora_lightning.cli.written import Columns, Plain
 from lora_lightning.errors import LoraConfigError
 from lora_lightning.reports.texts import printable
@@ -56,10 +57,12 @@ def reference(made):
     source = prepare_demo(NAME)
     tokenizer = AutoTokenizer.from_pretrained(source)
 
-    def write(messages, adapter=None, **settings):
+    def write(messages, adapter=None, template=None, **settings):
         model = AutoModelForCausalLM.from_pretrained(source).eval()
         model = model if adapter is None else PeftModel.from_pretrained(model, made / adapter)
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
         choices = {"max_new_tokens": LENGTH, "do_sample": False, "pad_token_id": tokenizer.pad_token_id} | settings
         output = model.generate(input_ids=ids, **choices)
@@ -127,12 +130,62 @@ def test_several_adapters_are_compared(made, reference, capsys):
     )
     assert status == 0, err
     ours = reference(said(ASKED), "run/adapter")
-    expected = {"base": reference(said(ASKED)), "run": ours, "other": reference(said(ASKED), "other"), "run-2": ours}
+    theirs = reference(said(ASKED), "other")
+    expected = {"base": reference(said(ASKED)), "adapter": ours, "other": theirs, "adapter-2": ours}
     assert blocks(out) == [(ASKED, expected)]
 
 
+def test_names_tell_which_is_which():
+    def names(*places):
+        return _labels([Which(adapter, run and Path(run)) for adapter, run in places])
+
+    one, two = ("/o/one/adapter", "/o/one"), ("/o/two/checkpoints/best-adapter", "/o/two")
+    assert names(one, two) == ["one", "two"]
+    assert names(one, ("/o/one/checkpoints/best-adapter", "/o/one"), two) == ["adapter", "best-adapter", "two"]
+    assert names(("/o/a/0/adapter", "/o/a/0"), ("/o/b/0/adapter", "/o/b/0")) == ["a_0", "b_0"]
+    assert names(("owner/base", None), ("other/base@v1", None)) == ["base-2", "base_v1"]
+
+
+def test_each_is_asked_as_it_was_trained(made, reference, tmp_path, capsys):
+    """A comparison: another chat template, and no system message."""
+    other = shutil.copytree(made / "other", tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(prepare_demo(NAME))
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}!{% endfor %}"
+    tokenizer.save_pretrained(other)
+    status, out, err = run(capsys, made / "run", other, *FEW, "--prompt", ASKED)
+    assert status == 0, err
+    asked = [{"role": "system", "content": "Be short."}, *said(ASKED)]
+    expected = {"base": reference(asked), "run": reference(asked, "run/adapter")}
+    theirs = reference(said(ASKED), "other", template=tokenizer.chat_template)
+    assert blocks(out) == [(ASKED, expected | {"other": theirs})]
+
+
+def test_a_template_that_refuses_is_told(made, tmp_path, capsys):
+    strict = shutil.copytree(made / "other", tmp_path / "strict")
+    tokenizer = AutoTokenizer.from_pretrained(prepare_demo(NAME))
+    tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}?"
+    tokenizer.save_pretrained(strict)
+    status, _, err = run(capsys, strict, "--system", "Be short.", "--prompt", ASKED)
+    assert status == 1
+    assert "refuses this conversation: no system role. To leave the system message out: --system ''" in err
+    assert "Traceback" not in err
+
+
+def test_an_interrupt_ends_a_pipe_without_a_traceback(made, capsys, monkeypatch):
+    class Pipe(io.StringIO):
+        def __iter__(self):
+            yield ASKED
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "stdin", Pipe())
+    status, out, err = run(capsys, made / "run", *FEW)
+    assert status == 130
+    assert f"> {ASKED}" in out
+    assert "Traceback" not in err
+
+
 def test_a_conversation_has_a_history_a_side(voices, reference):
-    talk = Conversation(voices, Sampling(max_new_tokens=LENGTH), None)
+    talk = Conversation(voices, Sampling(max_new_tokens=LENGTH), "")
     talk.answer(ASKED, Plain())
     talk.answer(AGAIN, Plain())
     for name, adapter in (("base", None), ("adapter", "run/adapter")):
@@ -144,7 +197,7 @@ def test_a_conversation_has_a_history_a_side(voices, reference):
 
 
 def test_an_interrupt_ends_the_answers_and_what_there_is_stays(voices):
-    talk = Conversation(voices, Sampling(max_new_tokens=50), None)
+    talk = Conversation(voices, Sampling(max_new_tokens=50), "")
     pieces = []
 
     class Interrupting(Plain):
@@ -176,7 +229,7 @@ class _Given:
 
 def test_what_is_drawn_begins_from_the_seed(voices, capsys):
     def drawn(*commands):
-        talk = Conversation(voices, Sampling(max_new_tokens=LENGTH), None)
+        talk = Conversation(voices, Sampling(max_new_tokens=LENGTH), "")
         for command in ("/temperature 1.5", *commands):
             talk.obey(command)
         state = torch.get_rng_state()
@@ -224,14 +277,14 @@ def test_columns_show_the_end_while_writing_and_the_whole_at_last():
     ],
 )
 def test_wrong_commands_are_told_and_change_nothing(voices, command, part):
-    talk = Conversation(voices, Sampling(), None)
+    talk = Conversation(voices, Sampling(), "")
     with pytest.raises(LoraConfigError, match=part):
         talk.obey(command)
     assert talk.sampling == Sampling()
 
 
 def test_what_the_model_cannot_read_is_told(voices):
-    talk = Conversation(voices, Sampling(), None)
+    talk = Conversation(voices, Sampling(), "")
     with pytest.raises(LoraConfigError, match="reads 512 at most"):
         talk.answer("ball " * 600, Plain())
     assert talk._said["base"] == []

@@ -67,7 +67,9 @@ def terminal(tmp_path):
 
 
 def test_a_person_asks_and_interrupts_and_leaves(terminal):
-    terminal.wait_for("/help lists the commands")
+    before = terminal.wait_for("/help lists the commands")
+    assert "Failed to load" not in before  # what torchao misses on this machine
+    assert "_pytree" not in before
     terminal.wait_for("› ")
     terminal.type("What colour is the ball?\n")
     shown = terminal.wait_for("› ")
