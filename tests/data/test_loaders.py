@@ -67,6 +67,8 @@ def test_a_plain_loop_continues_where_it_was(workers):
     for each in (resumed, whole):
         each.sampler.set_epoch(4)
     assert seen(resumed) == seen(whole)
+    for each in (resumed, whole) if workers else ():
+        each._iterator._shutdown_workers()  # ended with the interpreter, they leave folders among temporary files
 
 
 def test_iterating_takes_nothing_from_the_global_generator():
