@@ -12,12 +12,15 @@ from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from lora_lightning.cli.build import partial_of
 from lora_lightning.cli.planned_strategy import spread_of
 from lora_lightning.cli.quiet import quieten
+from lora_lightning.cli.told import CommandError
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import LoraConfigError
 from lora_lightning.reports.plan import Plan, Setting, comparison, plan_of
@@ -45,15 +48,22 @@ def show_side_by_side(cfg: DictConfig, compared: str) -> None:
     Args:
         cfg: The configuration without it.
         compared: The setting, as in ``lora=conservative,balanced``.
+
+    Raises:
+        CommandError: One of them cannot be planned.
     """
     override = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_override(compared)
     own = HydraConfig.get()
     given = [each for each in own.overrides.task if each.lstrip("+").partition("=")[0] != override.key_or_group]
     made: dict[str, Plan] = {}
     for value in override.sweep_string_iterator():
-        # By the Hydra that reads the command line, which has its search path: --config-dir too.
-        one = compose(own.job.config_name, overrides=[*given, f"{override.get_key_element()}={value}"])
-        made[f"{override.key_or_group}={value}"] = _planned(one)
+        name = f"{override.key_or_group}={value}"
+        try:
+            # By the Hydra that has read the command line, which looks where that says: in --config-dir too.
+            one = compose(own.job.config_name, overrides=[*given, f"{override.get_key_element()}={value}"])
+            made[name] = _planned(one)
+        except (LoraConfigError, HydraException, OmegaConfBaseException) as error:
+            raise CommandError(f"{name}: {error}") from error
     if cfg.plan.json:
         print(json.dumps({name: each.to_dict() for name, each in made.items()}, indent=2))
     else:

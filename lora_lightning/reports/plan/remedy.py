@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -12,12 +13,15 @@ from lora_lightning.reports.plan import memory as budget
 from lora_lightning.reports.plan.ghost import own_config
 from lora_lightning.reports.plan.planned import Plan, plan_of
 from lora_lightning.reports.plan.setting import Setting
+from lora_lightning.reports.plan.table import size
 
 _OF_WHAT_FAILED = 0.7
 """A remedy takes no more than this share of what ran out of memory."""
 _AGAIN = "model.gradient_checkpointing=true"
 _LEAST_TOKENS = 2
 """Of a row: the first one is predicted by nothing."""
+_MAY_BE_CUT = 0.1
+"""So large a share of the rows at most, where their lengths are known."""
 
 
 class Remedy(NamedTuple):
@@ -73,9 +77,10 @@ def remedies(setting: Setting, lengths: Sequence[int] | None = None) -> list[Rem
     if _may_have_few_bits(setting):
         few = _tried(replace(least, model=replace(least.model, quantisation="nf4")))
         found += _all_of(["model.quantisation=nf4", *also], "the base in 4 bits, which other numbers come of", few)
-    if (tokens := setting.tokens // 2) >= _LEAST_TOKENS:
-        shorter = _tried(replace(least, tokens=tokens))
-        found += _all_of([f"data.max_length={tokens}", *also], "longer rows are cut, and counted", shorter)
+    if (tokens := _shorter(setting.tokens, lengths)) is not None:
+        cut = sum(length > tokens for length in lengths) / len(lengths) if lengths else None
+        why = "longer rows are cut, and counted" if cut is None else f"{cut:.1%} of the rows are longer, and are cut"
+        found += _all_of([f"data.max_length={tokens}", *also], why, _tried(replace(least, tokens=tokens)))
     return sorted(found, key=lambda remedy: remedy.total is None or remedy.total > room)
 
 
@@ -85,7 +90,7 @@ def listed(found: Sequence[Remedy]) -> str:
         return "Nothing of this training's settings can be smaller: it wants a smaller model, or more memory."
     lines = ["What takes less, to be added to the command:"]
     for remedy in found:
-        about = "" if remedy.total is None else f"; about {remedy.total / 1e9:.2f} GB"
+        about = "" if remedy.total is None else f"; about {size(remedy.total)}"
         lines += [f"  {remedy.settings}", f"      {remedy.why}{about}"]
     return "\n".join(lines)
 
@@ -122,6 +127,17 @@ def _packed(made: Plan, lengths: Sequence[int], capacity: int, room: float) -> I
             f"several examples in a row instead of padding, about {examples:.0f} a step; some models refuse it",
             _total(full, rows),
         )
+
+
+def _shorter(longest: int, lengths: Sequence[int] | None) -> int | None:
+    """Half of the longest row, or what leaves most rows whole; None where that is not much less.
+
+    >>> _shorter(512, None), _shorter(512, [100] * 99 + [512]), _shorter(100, [90] * 9 + [100])
+    (256, 256, None)
+    """
+    whole = sorted(lengths)[math.ceil((1 - _MAY_BE_CUT) * len(lengths)) - 1] if lengths else 0
+    tokens = max(longest // 2, whole)
+    return tokens if _LEAST_TOKENS <= tokens <= _OF_WHAT_FAILED * longest else None
 
 
 def _recomputed(setting: Setting) -> Setting:
