@@ -75,6 +75,7 @@ def export(
             repo=(hub or folder.name).partition("@")[0],
             run=run,
             origin=origin_of(place),
+            base=base,
             form=form,
             file=_GGUF,
         )

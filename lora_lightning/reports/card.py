@@ -38,6 +38,7 @@ class Subject:
         repo: ``owner/name`` that it will have on the Hub, or the name of a folder.
         run: The folder of the run that trained it; None tells what the adapter itself says.
         origin: The adapter folder that this one was made of, where it was.
+        base: Another name of the base model than the adapter's.
         form: What lies beside the card: ``peft``, ``vllm`` or ``gguf``.
         file: The GGUF file's name.
     """
@@ -46,6 +47,7 @@ class Subject:
     repo: str
     run: Path | None = None
     origin: Path | None = None
+    base: str | None = None
     form: str = "peft"
     file: str = "adapter.gguf"
 
@@ -96,7 +98,7 @@ def model_card(subject: Subject, *, pictures: Sequence[str] = ()) -> str:
         pictures: Files beside the card that it shows.
     """
     config, run = read_peft_config(subject.adapter), None if subject.run is None else read_run(subject.run)
-    base, task = _base_of(config), _task(config, run)
+    base, task = _base_of(subject.base or config.get("base_model_name_or_path") or ""), _task(config, run)
     body = [
         f"# {subject.name}",
         _summary(subject, config, base),
@@ -182,8 +184,7 @@ def _use(subject: Subject, config: Mapping[str, Any], base: _Base, task: str) ->
     return use.in_python(subject.adapter, config, base=base.place, repo=subject.repo, task=task, below=below)
 
 
-def _base_of(config: Mapping[str, Any]) -> _Base:
-    name = str(config.get("base_model_name_or_path") or "")
+def _base_of(name: str) -> _Base:
     if original := original_of(name):
         return _Base(original, shared=True)
     return _Base(name, shared=True) if name and on_the_hub(name) else _Base(os.path.basename(name.rstrip("/")))

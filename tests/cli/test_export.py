@@ -93,6 +93,7 @@ def test_for_llama_cpp_a_file_beside_its_card(smoke, tmp_path, capsys):
     card = ModelCard.load(tmp_path / "out/README.md")
     assert card.data.library_name == "gguf"
     assert "llama-cli -m base.gguf --lora adapter.gguf" in card.text
+    assert f"adapter over {base.name}: " in card.text
 
 
 def test_what_is_written_is_sent_with_its_card(smoke, tmp_path, capsys, monkeypatch):
