@@ -15,6 +15,7 @@ from rich.syntax import Syntax
 from lora_lightning.callback import LoraCallback
 from lora_lightning.cli import loggers as trackers
 from lora_lightning.cli import run_folder
+from lora_lightning.cli.again import command_again
 from lora_lightning.cli.build import Parts, make_callbacks, make_loggers, make_parts, make_trainer, prepare, resolved
 from lora_lightning.cli.ended import ended_by
 from lora_lightning.cli.in_sweep import as_job, hush, job_callbacks, reports_wanted
@@ -66,7 +67,7 @@ def train(
         hush(cfg, parts.data)
         callbacks = job_callbacks(cfg, make_callbacks(cfg))
         recorder = next((each for each in callbacks if isinstance(each, RunRecorder)), recorder)
-        about = [AboutRun(folder, overrides)] if reports_wanted(cfg) else []
+        about = [AboutRun(folder, overrides, command_again(overrides))] if reports_wanted(cfg) else []
         callbacks += [each for each in (recorder, announcement, *about) if each not in callbacks]
         trainer = make_trainer(cfg, callbacks, make_loggers(cfg))
         trackers.log_config(trainer.loggers, resolved(cfg))
@@ -134,9 +135,8 @@ def _leave(
         fields["best_adapter_path"] = None if lora.best_adapter_path is None else str(lora.best_adapter_path)
     measured = (recorder.fields | fields).get(cfg.optimized_metric)
     fields["value"] = measured if isinstance(measured, (int, float)) else None
-    advised = status == "finished" and reports_wanted(cfg)
-    advice = leave_advice(folder, recorder.fields | fields) if advised else []
-    if advised:
+    advice = leave_advice(folder, recorder.fields | fields) if reports_wanted(cfg) else None
+    if advice is not None:
         fields["advice"] = [each.to_dict() for each in advice]
     result = recorder.write_result(folder / "result.json", **fields)
     metrics, reports = folder / "metrics.csv", reports_wanted(cfg)
@@ -148,8 +148,9 @@ def _leave(
         kept = ("val_loss_before", "val_loss", "trainable_parameters", "total_parameters", "steps", "seed")
         trackers.log_adapter(trainer.loggers, Path(fields["adapter_path"]), {key: content[key] for key in kept})
     console = Console()
-    if advised:
+    if status == "finished" and reports_wanted(cfg):
         console.print(closing_table(content))
+    if advice is not None:
         console.print(advice_table(advice))
     console.print(f"Run folder: {result.parent}", soft_wrap=True)
     if reports and (page := try_page(folder)) is not None:

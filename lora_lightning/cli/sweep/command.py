@@ -22,6 +22,7 @@ from lora_lightning.sweeps import runs
 from lora_lightning.sweeps.processes import Process, said
 from lora_lightning.sweeps.runs import Work
 
+_RETURNING = "hydra.callbacks.lora_lightning._target_"
 RETURNED = "hydra_plugins.lora_lightning.returned.ReturnedValue"
 
 # What says which process of a group this one is. A job that found it would wait for processes that are not its own.
@@ -31,7 +32,8 @@ _OTHERS = re.compile(
 )
 # Settings of Hydra that are about the sweep and not about a job.
 _OF_THE_SWEEP = re.compile(
-    r"[+~]*(hydra/(launcher|sweeper)(@.*)?|hydra\.(mode|run\.dir|sweep\.(dir|subdir)|job\.(num|id)|(launcher|sweeper)\b.*))"
+    r"[+~]*(hydra/(launcher|sweeper)(@.*)?|hydra\.(mode|run\.dir|sweep\.(dir|subdir)|job\.(num|id)|(launcher|sweeper)\b.*)"
+    rf"|{re.escape(_RETURNING)})"
 )
 
 
@@ -64,6 +66,28 @@ def job_command(overrides: Sequence[str], folder: Path, *, argv: Sequence[str] |
         LoraConfigError: The sweep was not started from a script.
     """
     argv = sys.argv if argv is None else argv
+    flags, of_hydra = settings_in(argv)
+    return (
+        *program(argv[0]),
+        *flags,
+        *of_hydra,
+        *overrides,
+        f"hydra.run.dir={quoted(str(folder))}",
+        f"++{_RETURNING}={RETURNED}",
+        "hydra.mode=RUN",
+    )
+
+
+def settings_in(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What a command says besides the settings of its jobs.
+
+    Args:
+        argv: A script and its arguments.
+
+    Returns:
+        The flags that tell which configuration is read, and Hydra's own settings but for those of a sweep, the folder
+        of a run and what `job_command` adds.
+    """
     given = get_args_parser().parse_args(list(argv[1:]))
     flags = [
         word
@@ -71,16 +95,7 @@ def job_command(overrides: Sequence[str], folder: Path, *, argv: Sequence[str] |
         if (value := getattr(given, flag)) is not None
         for word in (f"--{flag.replace('_', '-')}", value)
     ]
-    of_hydra = [each for each in given.overrides if _is_of_hydra(each) and not _OF_THE_SWEEP.match(_key(each))]
-    return (
-        *program(argv[0]),
-        *flags,
-        *of_hydra,
-        *overrides,
-        f"hydra.run.dir={quoted(str(folder))}",
-        f"++hydra.callbacks.lora_lightning._target_={RETURNED}",
-        "hydra.mode=RUN",
-    )
+    return flags, [each for each in given.overrides if _is_of_hydra(each) and not _OF_THE_SWEEP.match(_key(each))]
 
 
 def place_of(job: runs.Job, sweep: Path) -> tuple[str, ...]:

@@ -31,12 +31,16 @@ class AboutRun(Callback):
 
     Args:
         folder: The run's folder.
-        overrides: The settings that were typed, for the command that runs it again.
+        overrides: The settings that were typed.
+        command: What is typed to run it again; None: how this process was started.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], overrides: Sequence[str] = ()) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], overrides: Sequence[str] = (), command: str | None = None
+    ) -> None:
         self.folder = Path(folder)
         self.overrides = list(overrides)
+        self.command = shlex.join(["python", *sys.argv]) if command is None else command
         self._written = False
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -60,7 +64,7 @@ class AboutRun(Callback):
                 self.folder / ABOUT,
                 {
                     "started": time.time(),
-                    "command": command_line(sys.argv[0], self.overrides),
+                    "command": self.command,
                     "overrides": self.overrides,
                     "planned_steps": steps if 0 < steps < float("inf") else None,
                     "adapted": None if report is None else adapted(report),
@@ -69,17 +73,6 @@ class AboutRun(Callback):
             )
         except OSError as error:  # the training matters more
             rank_zero_warn(f"{self.folder / ABOUT} could not be written: {error}")
-
-
-def command_line(program: str, overrides: Sequence[str]) -> str:
-    """What is typed to run the same once more.
-
-    >>> command_line("scripts/train.py", ["lora.r=8", "data.path=my rows.jsonl"])
-    "python scripts/train.py lora.r=8 'data.path=my rows.jsonl'"
-    """
-    own = Path(program).resolve().parent == Path(__file__).resolve().parents[2] / "cli"
-    words = ["lora-lightning", "train"] if own else ["python", program]
-    return shlex.join([*words, *overrides])
 
 
 def adapted(report: LoraReport) -> dict[str, Any]:
