@@ -16,8 +16,8 @@ CHECKS = (
     Check("precision", precision, 30),
     Check("memory", memory, 10),
     Check("disk", disk, 10),
-    Check("processes", processes, 240),
-    Check("hub", hub, 15),
+    Check("processes", processes, 240, "warning"),
+    Check("hub", hub, 15, "warning"),
     Check("tokens", tokens, 10),
     Check("training", training, 240),
 )

@@ -30,11 +30,19 @@ class Finding:
 
 
 class Check(NamedTuple):
-    """A question to the machine, which has an answer after some seconds or is given up."""
+    """A question to the machine, which has an answer after some seconds or is given up.
+
+    Attributes:
+        name: What it is called.
+        ask: The question.
+        seconds: So long it may take.
+        given_up: What it means that no answer came.
+    """
 
     name: str
     ask: Callable[[], Finding]
     seconds: float
+    given_up: Status = "failure"
 
 
 def examine(check: Check) -> Finding:
@@ -56,7 +64,9 @@ def examine(check: Check) -> Finding:
     asking.join(check.seconds)
     if found:
         return found[0]
-    return Finding("failure", f"no answer within {check.seconds:g} seconds", "it hangs, or the machine is very busy")
+    return Finding(
+        check.given_up, f"no answer within {check.seconds:g} seconds", "it hangs, or the machine is very busy"
+    )
 
 
 class Ran(NamedTuple):

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from lora_lightning.reports.doctor.check import Finding
@@ -46,12 +47,29 @@ def precision() -> Finding:
     listed = ", ".join(
         f"{name} {'not at all' if rate is None else f'{rate / 1e9:,.0f} GFLOP/s'}" for name, rate in rates.items()
     )
-    half = rates["bfloat16"]
-    if half is not None and half > 1.2 * (rates["float32"] or 0) and is_native(torch.bfloat16, device):
-        advice = "trainer.precision=bf16-mixed, or a base in bfloat16 (model.dtype=auto)"
+    return Finding("ok", f"{listed}: take {_advised(rates, is_native(torch.bfloat16, device))}")
+
+
+def _advised(rates: Mapping[str, float | None], is_native: bool) -> str:
+    """Which precision to take, and why.
+
+    Args:
+        rates: Operations a second by the type's name; None where the device has none.
+        is_native: Whether the device computes in bfloat16 by itself.
+    """
+    single, half = rates["float32"] or 0.0, rates["bfloat16"]
+    if half is None:
+        why = "does not run"
+    elif half * 1.2 < single:
+        why = f"is {single / half:.1f} times slower"
+    elif half < single * 1.2:
+        why = "is no faster"
+    elif is_native:
+        return "trainer.precision=bf16-mixed, or a base in bfloat16 (model.dtype=auto)"
     else:
-        advice = "float32 (model.dtype=auto takes it by itself; bf16 is slower here)"
-    return Finding("ok", f"{listed}: take {advice}")
+        why = "is only emulated"
+    how = "model.dtype=float32" if is_native else "model.dtype=auto takes it by itself"
+    return f"float32 ({how}); bfloat16 {why} here"
 
 
 def _rate(dtype: object, device: object) -> float | None:
@@ -71,13 +89,18 @@ def _rate(dtype: object, device: object) -> float | None:
     return 2 * size**3 / min(taken)
 
 
-def memory() -> Finding:
-    """What is free of the machine's memory."""
+def memory(cgroup: Path = Path("/sys/fs/cgroup")) -> Finding:
+    """What is free of the machine's memory, or of the container's where that has a limit below it."""
     import psutil
+    import torch
 
-    seen = psutil.virtual_memory()
-    text = f"{seen.available / _GB:.1f} of {seen.total / _GB:.1f} GB free"
-    if seen.available < 3e9:
+    from lora_lightning.tasks.free_memory import free_memory
+
+    free, machine = free_memory(torch.device("cpu"), cgroup), psutil.virtual_memory()
+    text = f"{free / _GB:.1f} of {machine.total / _GB:.1f} GB free"
+    if free < 0.9 * machine.available:
+        text += f" below this container's limit ({machine.available / _GB:.1f} on the machine)"
+    if free < 3e9:
         return Finding("warning", text, "the demo wants 3 GB; smaller: data.batch_size=1 data.max_length=128")
     return Finding("ok", text)
 

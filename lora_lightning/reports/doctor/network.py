@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import netrc
 import os
 import urllib.error
@@ -26,7 +27,7 @@ def hub() -> Finding:
             return Finding("ok", f"{constants.ENDPOINT} answers")
     except urllib.error.HTTPError as error:  # somebody is there
         return Finding("warning", f"{constants.ENDPOINT} answers with status {error.code}", "try again later")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         return Finding(
             "warning",
             f"{constants.ENDPOINT} cannot be reached ({error})",

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from lora_lightning.reports.doctor import CHECKS, Check, Finding, examine, running
+from lora_lightning.reports.doctor import CHECKS, Check, Finding, examine, machine, running
 from lora_lightning.reports.doctor.check import run_python
 from lora_lightning.reports.doctor.little_training import train_a_little
 from lora_lightning.reports.doctor.machine import devices, disk, memory, precision
@@ -23,6 +23,7 @@ def test_a_check_that_hangs_is_given_up():
     assert time.monotonic() - begun < 30
     assert found.status == "failure"
     assert "within 0.2 seconds" in found.text
+    assert examine(Check("slow", lambda: time.sleep(60), 0.2, "warning")).status == "warning"
 
 
 def test_an_error_in_a_check_is_a_finding():
@@ -46,6 +47,30 @@ def test_no_process_is_left_behind():
 )
 def test_this_machine_is_in_order(check):
     assert check().status in ("ok", "warning")
+
+
+@pytest.mark.parametrize(
+    ("half", "is_native", "advised"),
+    [
+        (2e12, True, "trainer.precision=bf16-mixed, or a base in bfloat16 (model.dtype=auto)"),
+        (1.1e12, True, "float32 (model.dtype=float32); bfloat16 is no faster here"),
+        (1e11, False, "float32 (model.dtype=auto takes it by itself); bfloat16 is 10.0 times slower here"),
+        (2e12, False, "float32 (model.dtype=auto takes it by itself); bfloat16 is only emulated here"),
+        (None, True, "float32 (model.dtype=float32); bfloat16 does not run here"),
+    ],
+)
+def test_the_precision_that_is_advised_is_that_of_the_measurement(half, is_native, advised):
+    assert machine._advised({"float32": 1e12, "bfloat16": half}, is_native) == advised
+
+
+def test_the_limit_of_a_container_counts(tmp_path):
+    (tmp_path / "memory.max").write_text("4000000000\n")
+    (tmp_path / "memory.current").write_text("3000000000\n")
+    (tmp_path / "memory.stat").write_text("inactive_file 500000000\n")
+    found = memory(tmp_path)
+    assert found.status == "warning"
+    assert found.text.startswith("1.5 of ")
+    assert "below this container's limit" in found.text
 
 
 def distribution(folder, name, version, *more):
@@ -84,7 +109,7 @@ def test_extras_are_told_by_what_they_need(tmp_path, monkeypatch):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A Hub of this machine's own that answers with a status: server(200)."""
+    """A Hub of this machine's own that answers with a status, or with nonsense: server(200)."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -95,6 +120,9 @@ def server(monkeypatch):
     def serve(status):
         class Answer(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
+                if status is None:
+                    self.wfile.write(b"what?\r\n")
+                    return
                 self.send_response(status)
                 self.end_headers()
 
@@ -119,6 +147,8 @@ def test_the_hub(server, monkeypatch):
     assert hub().status == "ok"
     server(503)
     assert hub().status == "warning"
+    server(None)  # somebody else's port
+    assert "cannot be reached" in hub().text
     gone = server(200)
     gone.shutdown()
     gone.server_close()
