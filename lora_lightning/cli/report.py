@@ -52,11 +52,12 @@ def page_of(folder: Path) -> Path:
         return run_page(folder)
     if not looks_like_a_sweep(folder):
         raise neither(folder)
-    from rich.console import Console
+    from lora_lightning.reports.page import sweep_page
+    from lora_lightning.sweeps.report import as_data, collect, write
 
-    from lora_lightning.cli.sweep_report import report
-
-    return report(folder, console=Console(quiet=True)).with_name("report.html")
+    sweep = collect(folder)
+    write(sweep)
+    return sweep_page(sweep.folder, as_data(sweep))
 
 
 def looks_like_a_sweep(folder: Path) -> bool:

@@ -50,6 +50,13 @@ def told(capsys, folder):
     return " ".join(capsys.readouterr().err.split())
 
 
+def test_a_page_of_somebody_elses_is_left_alone(tmp_path, capsys):
+    for folder in (write_run(tmp_path / "run"), write_sweep(tmp_path / "sweep", [believable(["lora.r=4"])])):
+        (folder / "report.html").write_text("mine")
+        assert "was not written by lora_lightning and is left alone" in told(capsys, folder)
+        assert (folder / "report.html").read_text() == "mine"
+
+
 def test_other_folders_are_refused_with_what_is_there(tmp_path, capsys):
     write_run(tmp_path / "outputs" / "one")
     assert f"Runs there: {tmp_path / 'outputs' / 'one'}" in told(capsys, tmp_path / "outputs")

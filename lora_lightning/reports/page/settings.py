@@ -9,7 +9,7 @@ from typing import Any
 from lora_lightning.config import LoraConfig
 from lora_lightning.reports.page.words import setting
 
-# What is always shown, and what never; of the rest, whatever is set.
+# What is always shown, and what only where it was typed; of the rest, whatever is set.
 _FIRST = {
     "model": ("name", "dtype"),
     "data": ("path", "batch_size", "max_length", "train_on"),
@@ -57,7 +57,8 @@ def what_matters(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> li
         config: The resolved configuration.
         overrides: What was typed for it.
     """
-    typed = {override.partition("=")[0].lstrip("+~") for override in overrides}
+    keys_typed = (override.partition("=")[0].lstrip("+~") for override in overrides)
+    typed = {".".join(key.split(".")[:2]) for key in keys_typed}  # with data.samples.every=5 data.samples is
 
     def rows(node: str, keys: Iterable[str]) -> list[Setting]:
         content = _mapping(config, node)
@@ -71,9 +72,9 @@ def what_matters(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> li
         named = (
             [Setting("class", str(kind).rpartition(".")[2])] if kind and node not in ("trainer", "scheduler") else []
         )
-        rest = [key for key, value in content.items() if key not in hidden and value not in _PLAIN]
-        rest = [key for key in rest if not (key in _ONE and content[key] == 1)]
-        return [*named, *rows(node, [*first, *rest])]
+        rest = [key for key, value in content.items() if key not in hidden and not _is_plain(key, value)]
+        asked = [key for key in content if f"{node}.{key}" in typed and key not in (*first, *rest, "_target_")]
+        return [*named, *rows(node, [*first, *rest, *asked])]
 
     training = group("optimizer")
     schedule = _mapping(config, "scheduler").get("_target_")
@@ -100,9 +101,16 @@ def _lora(lora: Mapping[str, Any], typed: set[str]) -> list[Setting]:
         scale = alpha / (r**0.5 if lora.get("use_rslora") else r)
         rows.insert(2, Setting("scale", f"{scale:.4g}"))
     others = [
-        key for key, value in lora.items() if key not in first and value not in _PLAIN and value != defaults.get(key)
+        key
+        for key, value in lora.items()
+        if key not in first and (f"lora.{key}" in typed or (value not in _PLAIN and value != defaults.get(key)))
     ]
     return rows + [Setting(key, setting(lora[key]), f"lora.{key}" in typed) for key in others]
+
+
+def _is_plain(key: str, value: Any) -> bool:
+    """Whether a value says nothing."""
+    return value in _PLAIN or (key in _ONE and value == 1)
 
 
 def _mapping(config: Mapping[str, Any], node: str) -> Mapping[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 
 from lora_lightning.errors import AdapterError
 from lora_lightning.reports.page import run_page, try_page
+from lora_lightning.reports.page.settings import what_matters
 from tests.reports.page.folders import HOSTILE, Page, write_run
 
 SECTIONS = ["figures", "curves", "samples", "advice", "insight", "layers", "settings", "environment"]
@@ -72,6 +73,29 @@ def test_links_lead_to_files_that_are_there(tmp_path):
 def test_what_was_typed_is_marked(page):
     marked = [attributes.get("class") for tag, attributes in page.tags if tag == "dd"].count("given")
     assert marked == 2  # lora.r and seed
+
+
+def test_what_was_typed_is_shown_whatever_it_says():
+    config = {
+        "lora": {"r": 8, "bias": "none", "use_dora": False, "use_rslora": False},
+        "data": {"path": "x", "val_rows": 0, "num_workers": 0, "samples": {"every": 5}, "packing": False},
+        "trainer": {"limit_val_batches": 0, "devices": 1, "num_nodes": 1, "precision": None},
+    }
+    typed = ["lora.bias=none", "++lora.use_dora=false", "data.val_rows=0", "data.num_workers=0", "data.samples.every=5"]
+    typed += ["trainer.limit_val_batches=0", "trainer.devices=1", "trainer.precision=null"]
+    shown = {each.key: (each.value, each.given) for group in what_matters(config, typed) for each in group.settings}
+    assert shown == {
+        "r": ("8", False),
+        "bias": ("none", True),
+        "use_dora": ("false", True),
+        "path": ("x", False),
+        "val_rows": ("0", True),
+        "num_workers": ("0", True),
+        "samples": ("every: 5", True),
+        "limit_val_batches": ("0", True),
+        "devices": ("1", True),
+        "precision": ("null", True),
+    }
 
 
 def test_advice_with_its_numbers_or_that_there_is_none(page, tmp_path):
