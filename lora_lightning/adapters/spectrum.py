@@ -60,6 +60,7 @@ class Spectrum:
         stable_rank: ``‖ΔW‖_F² / ‖ΔW‖₂²``, between 1 and the rank; small ``σ`` hardly count.
         used: How many of the largest ``σ`` it takes to hold 99 % of ``‖ΔW‖_F²``.
         used_95: The same for 95 %, where the little that an optimizer leaves in every direction counts less.
+        lesser_half: The share of ``‖ΔW‖_F²`` that half of the rank would lose; None of a rank that has no half.
         norm: ``‖ΔW‖_F``.
     """
 
@@ -68,6 +69,7 @@ class Spectrum:
     stable_rank: float
     used: float
     used_95: float
+    lesser_half: float | None
     norm: float
 
     @property
@@ -162,6 +164,26 @@ def used_rank(sigma: Tensor, energy: float = ENERGY) -> Tensor:
     return torch.where(sigma[..., 0] > 0, (held < enough).sum(-1) + 1, 0)
 
 
+def lesser_half(sigma: Tensor) -> Tensor:
+    """The share of ``Σσ²`` that the lesser half of the ``σ`` hold: ``(..., k) -> (...)``, from 0 to ½ (all alike).
+
+    The best update of half the rank lacks it. Where the wanted update goes on beyond the rank as it does within it,
+    twice the rank adds about as much again. An odd one in the middle counts half.
+
+    Args:
+        sigma: From large to small.
+
+    >>> lesser_half(torch.tensor([[2.0, 2.0, 2.0, 2.0], [3.0, 0.0, 0.0, 0.0]])).tolist()
+    [0.5, 0.0]
+    >>> lesser_half(torch.tensor([1.0, 1.0, 1.0])).item()
+    0.5
+    """
+    energy = (sigma / sigma[..., :1].clamp(min=_tiny(sigma))).square()
+    k = sigma.shape[-1]
+    lesser = energy[..., (k + 1) // 2 :].sum(-1) + (energy[..., k // 2] / 2 if k % 2 else 0.0)
+    return lesser / energy.sum(-1).clamp(min=1.0)
+
+
 def spectrum_of(layer: LoraLayer) -> Spectrum:
     """The spectrum of a layer's update; see :func:`factors_of` for what the update of each kind is."""
     return spectra({"": factors_of(layer)})[""]
@@ -187,9 +209,9 @@ def spectra(updates: Mapping[str, Factors]) -> dict[str, Spectrum]:
 
 def _summed_up(sigma: Tensor, rank: int) -> Spectrum:
     """``(n, k)`` to what it tells."""
-    moved = sigma[sigma[:, 0] > 0]
+    moved, has_half = sigma[sigma[:, 0] > 0], sigma.shape[1] > 1
     if not len(moved):
-        return Spectrum(rank, 0.0, 0.0, 0.0, 0.0, 0.0)
+        return Spectrum(rank, 0.0, 0.0, 0.0, 0.0, 0.0 if has_half else None, 0.0)
 
     def mean(of_each: Tensor) -> float:
         return float(of_each.double().mean())
@@ -200,6 +222,7 @@ def _summed_up(sigma: Tensor, rank: int) -> Spectrum:
         stable_rank=mean(stable_rank(moved)),
         used=mean(used_rank(moved)),
         used_95=mean(used_rank(moved, 0.95)),
+        lesser_half=mean(lesser_half(moved)) if has_half else None,
         norm=float(torch.linalg.vector_norm(sigma)),
     )
 

@@ -58,6 +58,7 @@ def by_numpy(updates, rank):
     """The same numbers from the dense updates, a matrix each."""
     sigmas = [np.linalg.svd(update.detach().double().numpy(), compute_uv=False)[:rank] for update in updates]
     shares = [sigma / sigma.sum() for sigma in sigmas]
+    lesser = [np.sum(np.repeat(sigma, 2)[len(sigma) :] ** 2) / 2 / np.sum(sigma**2) for sigma in sigmas]
     energies = [np.cumsum(sigma**2) / np.sum(sigma**2) for sigma in sigmas]
     return {
         "rank": rank,
@@ -65,6 +66,7 @@ def by_numpy(updates, rank):
         "stable_rank": np.mean([np.sum(sigma**2) / sigma[0] ** 2 for sigma in sigmas]),
         "used": np.mean([1 + np.sum(energy < 0.99) for energy in energies]),
         "used_95": np.mean([1 + np.sum(energy < 0.95) for energy in energies]),
+        "lesser_half": np.mean(lesser),
         "norm": math.sqrt(sum(np.sum(sigma**2) for sigma in sigmas)),
     }
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -13,9 +14,11 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
+from lora_lightning.adapters.written import first_process_writes
 from lora_lightning.reports.insight.measure import (
     Layers,
     base_norms,
+    gathered,
     gradient_norms,
     is_spread,
     left_out,
@@ -50,9 +53,9 @@ class InsightCallback(Callback):
     The picture is drawn at the end, and at a validation where drawing takes less than half a percent of the time that
     has gone by since it was drawn last.
 
-    The first process writes. Adapters that FSDP2 or tensor parallelism has spread are gathered, which all processes do
-    together. Where an engine has flattened the base (FSDP) or split the adapters (ZeRO-3), what would need them is left
-    out. Nothing happens in a ``fast_dev_run``.
+    The first process writes; what goes wrong there is a warning, and the run goes on. Adapters that FSDP2 or tensor
+    parallelism has spread are gathered, which all processes do together. Where an engine has flattened the base (FSDP)
+    or split the adapters (ZeRO-3), what would need them is left out. Nothing happens in a ``fast_dev_run``.
 
     Args:
         picture: Whether to draw ``insight.png``.
@@ -71,14 +74,15 @@ class InsightCallback(Callback):
         self._gradients: tuple[int, list[str], torch.Tensor] | None = None
         self._seen = -1  # the step at which was looked last
         self._rows: list[InsightRow] = []  # that are not drawn yet
+        self._warned = False
         self._drawn_at, self._drawing = time.monotonic(), 0.5  # when, and how many seconds it took (or may take)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on with an earlier part of this run, or leave its file be."""
         self._forget()
-        folder = trainer.log_dir  # asks all processes, so not below the next line
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            go_on(self._file(folder, ".csv"), trainer.global_step)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            path = self._file(trainer.log_dir, ".csv")
+            first_process_writes(path, lambda: go_on(path, trainer.global_step))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Keep the norms of the gradients, in the last step before a validation."""
@@ -112,9 +116,11 @@ class InsightCallback(Callback):
             self._gradients[1:] if self._gradients is not None and self._gradients[0] == step else ([], torch.empty(0))
         )
         gradients = dict(zip(names, norms.tolist(), strict=True))
-        rows = measured(layers, step, self._norms, gradients)
+        factors = gathered(layers)  # with all processes, so not below the next line
         if trainer.is_global_zero:
-            self._tell(trainer, pl_module, rows, self._file(folder, ".csv"))
+            with self._sparing_the_run(f"What was seen at step {step} could not be told"):
+                rows = measured(layers, factors, step, self._norms, gradients)
+                self._tell(trainer, pl_module, rows, self._file(folder, ".csv"))
 
     def _tell(self, trainer: Trainer, pl_module: LightningModule, rows: list[InsightRow], path: Path) -> None:
         shown = names_below(pl_module, [row.layer for row in rows] + [name for name, _ in self._left_out])
@@ -133,17 +139,25 @@ class InsightCallback(Callback):
         from lora_lightning.reports.insight.picture import insight_picture, pixels
 
         began, png = time.monotonic(), self._png
-        try:
+        with self._sparing_the_run(f"The picture {png} could not be drawn"):
             insight_picture(self._rows, png)
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
                     logger.log_image("insight", [str(png)])
                 elif isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_image("insight", pixels(png), trainer.global_step, dataformats="HWC")
-        except Exception as error:  # a run does not fail for its picture
-            rank_zero_warn(f"The picture {png} could not be drawn: {error}")
         self._rows, self._drawn_at = [], time.monotonic()
         self._drawing = self._drawn_at - began
+
+    @contextlib.contextmanager
+    def _sparing_the_run(self, trouble: str) -> Iterator[None]:
+        """Say once what has gone wrong, and let the run go on: it does not fail for what is seen of it."""
+        try:
+            yield
+        except Exception as error:  # of files, loggers, algebra, matplotlib
+            if not self._warned:
+                self._warned = True
+                rank_zero_warn(f"{trouble}: {error}. Insight warns of this once; the run goes on")
 
     def _watched(self, pl_module: LightningModule) -> Layers:
         if self._layers is None:

@@ -33,33 +33,45 @@ def is_spread(layers: Layers) -> bool:
 
 
 def names_below(model: nn.Module, names: list[str]) -> dict[str, str]:
-    """Names as a config has them, which are below the adapted root; where there are several roots, the whole names."""
-    roots = list(injected_roots(model))
+    """Names as a config means them, below the adapted root; where there are several roots, the whole names."""
+    roots, layers = list(injected_roots(model)), dict(lora_layers(model))
     only = f"{roots[0]}." if len(roots) == 1 and roots[0] else ""
-    return {name: name.removeprefix(only) for name in names}
+    return {name: (layers[name].lora_meant(name) if name in layers else name).removeprefix(only) for name in names}
+
+
+@torch.no_grad()
+def gathered(layers: Layers) -> dict[str, dict[str, Tensor]]:
+    """The factors of each layer's update, by canonical name and part; where they are spread, all processes call it."""
+    there = {(name, part): t for name, layer in layers.items() for part, t in factor_tensors(layer).items()}
+    whole = whole_together([tensor.detach() for tensor in there.values()])
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
+    for (name, part), tensor in zip(there, whole, strict=True):
+        found[name][part] = tensor
+    return found
 
 
 @torch.no_grad()
 def measured(
-    layers: Layers, step: int, base_norms: Mapping[str, float | None], gradients: Mapping[str, float]
+    layers: Layers,
+    factors: Mapping[str, Mapping[str, Tensor]],
+    step: int,
+    base_norms: Mapping[str, float | None],
+    gradients: Mapping[str, float],
 ) -> list[InsightRow]:
-    """A row for each layer. Spread tensors are made whole, so that all processes have to call it then.
+    """A row for each layer.
 
     Args:
         layers: By canonical name.
+        factors: From :func:`gathered`. Where an engine has left them empty, or they are no numbers, the row says
+            nothing of the update.
         step: Optimizer steps done.
         base_norms: ``‖W‖`` by layer, from :func:`base_norms`.
         gradients: Norms by the names of the parameters, as far as there are any.
     """
-    there = {(name, part): t for name, layer in layers.items() for part, t in factor_tensors(layer).items()}
-    whole = dict(zip(there, whole_together([tensor.detach() for tensor in there.values()]), strict=True))
-    of_layer: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
-    for (name, part), tensor in whole.items():
-        of_layer[name][part] = tensor
     updates: dict[str, Factors] = {
         name: factors_of(layers[name], tensors)
-        for name, tensors in of_layer.items()
-        if all(tensor.numel() for tensor in tensors.values())  # an engine that splits them leaves them empty
+        for name, tensors in factors.items()
+        if all(tensor.numel() and bool(tensor.isfinite().all()) for tensor in tensors.values())
     }
     found = spectra(updates)
     return [
@@ -83,6 +95,7 @@ def _columns(spectrum: Spectrum, base: float | None) -> dict[str, Any]:
         "stable_rank": spectrum.stable_rank,
         "rank_used": spectrum.rank_used,
         "rank_95": spectrum.used_95,
+        "lesser_half": spectrum.lesser_half,
         "relative_norm": spectrum.norm / base if base else None,
     }
 

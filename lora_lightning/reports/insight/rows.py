@@ -26,6 +26,7 @@ class InsightRow:
         stable_rank: ``‖ΔW‖_F² / ‖ΔW‖₂²``.
         rank_used: The share of ``rank`` that holds 99 % of ``‖ΔW‖_F²``.
         rank_95: How many directions hold 95 % of ``‖ΔW‖_F²``.
+        lesser_half: The share of ``‖ΔW‖_F²`` that half of ``rank`` would lose; None where ``rank`` is 1.
         relative_norm: ``‖ΔW‖_F / ‖W‖_F``.
         grad_norm_A: Norm of the gradient of ``A`` in the step before, not clipped.
         grad_norm_B: The same of ``B``.
@@ -44,6 +45,7 @@ class InsightRow:
     grad_norm_A: float | None = None
     grad_norm_B: float | None = None
     parameters: int | None = None
+    lesser_half: float | None = None
 
 
 COLUMNS = tuple(field.name for field in fields(InsightRow))
@@ -64,7 +66,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[InsightRow]:
         if missing := {"step", "layer", "r"} - set(reader.fieldnames or ()):
             raise AdapterError(f"{path} is no insight.csv: it has no column {', '.join(sorted(missing))}")
         try:
-            return [_row(cells) for cells in reader if cells["r"] is not None]  # a last line that was cut off
+            return [_row(cells) for cells in reader if None not in cells.values()]  # lines that were cut off
         except ValueError as error:
             raise AdapterError(f"{path} cannot be read: {error}") from error
 
@@ -76,14 +78,25 @@ def latest(rows: Sequence[InsightRow]) -> list[InsightRow]:
 
 
 def append_rows(path: Path, rows: Iterable[InsightRow]) -> None:
-    """Add rows to a file, with its heading where it is new."""
+    """Add rows to a file, with its heading where it is new, and below a last line that was cut off."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
+    last = _last_byte(path)
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
-        if new:
+        if not last:
             writer.writeheader()
+        elif last != b"\n":
+            file.write("\n")
         writer.writerows({name: _cell(value) for name, value in asdict(row).items()} for row in rows)
+
+
+def _last_byte(path: Path) -> bytes:
+    """Nothing of a file that is empty or not there."""
+    if not path.exists() or not (size := path.stat().st_size):
+        return b""
+    with path.open("rb") as file:
+        file.seek(size - 1)
+        return file.read(1)
 
 
 def go_on(path: Path, step: int) -> None:

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lora_lightning import LoraCallback
+from lora_lightning import AdapterError, LoraCallback
 from lora_lightning.injection.state import lora_layers
 from lora_lightning.reports import InsightCallback
 from lora_lightning.reports.insight import callback, read_rows
@@ -151,6 +151,44 @@ def test_a_resumed_run_goes_on_with_its_file(tmp_path):
     assert not (tmp_path / "run" / "insight-1.csv").exists()
     fit(tmp_path / "run", InsightCallback(picture=False))  # another run in the same folder
     assert read_rows(tmp_path / "run" / "insight-1.csv") == rows
+
+
+class Trouble(Callback):
+    """Before the first validation a full disk, in the second a layer that is no number."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def on_train_start(self, trainer, pl_module):
+        self.file.symlink_to("/dev/full")
+
+    def on_validation_start(self, trainer, pl_module):
+        if trainer.global_step == 12:
+            self.file.unlink()
+            self.kept = pl_module.net[0].lora_B.data
+            pl_module.net[0].lora_B.data = self.kept * math.nan
+
+    def on_validation_end(self, trainer, pl_module):
+        if trainer.global_step == 12:
+            pl_module.net[0].lora_B.data = self.kept
+
+
+def test_a_run_does_not_fail_for_what_is_seen_of_it(tmp_path):
+    with pytest.warns(UserWarning, match="at step 6 .*No space left on device") as told:
+        fit(tmp_path, InsightCallback(), Trouble(tmp_path / "insight.csv"))
+    assert len([each for each in told if "Insight warns" in str(each.message)]) == 1
+    rows = read_rows(tmp_path / "insight.csv")
+    assert [(row.step, row.stable_rank is None) for row in rows] == [(12, True), (12, False), (12, True)]
+    assert (tmp_path / "insight.png").is_file()
+
+
+def test_a_file_of_another_kind_is_told_before_training(tmp_path):
+    (tmp_path / "insight.csv").write_text("mine\n")
+    checkpoints = ModelCheckpoint(tmp_path / "ckpt", save_top_k=-1, filename="{step}")
+    fit(tmp_path / "run", checkpoints, enable_checkpointing=True)
+    with pytest.raises(AdapterError, match=r"is no insight\.csv"):
+        fit(tmp_path, InsightCallback(), ckpt_path=tmp_path / "ckpt" / "step=6.ckpt", max_epochs=3)
+    assert (tmp_path / "insight.csv").read_text() == "mine\n"
 
 
 def test_nothing_is_written_where_nothing_is_asked_for(tmp_path):

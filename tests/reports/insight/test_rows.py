@@ -19,7 +19,7 @@ def test_what_is_written_is_read(tmp_path):
     append_rows(path, ROWS[2:])
     assert read_rows(path) == ROWS
     assert latest(read_rows(path)) == ROWS[2:]
-    assert path.read_text().splitlines()[2] == "10,layers.0.k_proj,0,,,,,,,,,1024"
+    assert path.read_text().splitlines()[2] == "10,layers.0.k_proj,0,,,,,,,,,1024,"
 
 
 def test_numbers_that_are_none_are_not_known(tmp_path):
@@ -32,8 +32,13 @@ def test_numbers_that_are_none_are_not_known(tmp_path):
 def test_a_line_that_was_cut_off_is_passed_over(tmp_path):
     path = tmp_path / "insight.csv"
     append_rows(path, ROWS)
-    path.write_text(path.read_text() + "30,layers.0.q")
-    assert read_rows(path) == ROWS
+    whole = path.read_text()
+    for cut in ("30,layers.0.q", "30,layers.0.q_proj,1", "30,layers.0.q_proj,16,16,7.5,2"):
+        path.write_text(whole + cut)
+        assert read_rows(path) == ROWS
+        go_on(path, 30)
+        append_rows(path, ROWS[2:])  # of the run that goes on
+        assert read_rows(path) == [*ROWS, ROWS[2]]
 
 
 def test_no_file_has_no_rows_and_another_file_is_told(tmp_path):
