@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from lora_lightning.adapters.facts import adapter_state
 from lora_lightning.adapters.fingerprint import fingerprint
+from lora_lightning.adapters.peft_config import int_if_whole
 from lora_lightning.adapters.peft_names import peft_names
 from lora_lightning.config import LoraConfig
 from lora_lightning.config_starts import changes_base
@@ -198,14 +199,14 @@ def explicit(config: LoraConfig, layers: Mapping[str, tuple[int, float]], root: 
     return replace(
         config,
         r=int(r),
-        lora_alpha=_whole(alpha),
+        lora_alpha=int_if_whole(alpha),
         use_rslora=False,
         target_modules=_exactly(list(layers), root),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
         rank_pattern={f"^{escape(name)}": rank for name, rank in ranks.items() if rank != r},
-        alpha_pattern={f"^{escape(name)}": _whole(a) for name, a in alphas.items() if a != alpha},
+        alpha_pattern={f"^{escape(name)}": int_if_whole(a) for name, a in alphas.items() if a != alpha},
         init_lora_weights=True,
     )
 
@@ -219,10 +220,6 @@ def _exactly(names: list[str], root: nn.Module) -> list[str] | str:
 
 def _usual(values: Iterable[float]) -> float:
     return Counter(values).most_common(1)[0][0]
-
-
-def _whole(value: float) -> float:
-    return int(value) if float(value).is_integer() else value
 
 
 def _same(value: Tensor | None, before: Tensor) -> bool:

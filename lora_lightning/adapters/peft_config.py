@@ -45,8 +45,8 @@ def to_peft_config(root: nn.Module) -> dict[str, Any]:
     found = [entry for entry in wanted if any(matches([entry], name) for name in names)]
     values["modules_to_save"] = sorted(set(_unmistakable(found, names))) or None
     values["fan_in_fan_out"] = any(layer.lora_kind == "Conv1D" for _, layer in lora_layers(root))
-    values["lora_alpha"] = _whole(values["lora_alpha"])
-    values["alpha_pattern"] = {key: _whole(value) for key, value in values["alpha_pattern"].items()}
+    values["lora_alpha"] = int_if_whole(values["lora_alpha"])
+    values["alpha_pattern"] = {key: int_if_whole(value) for key, value in values["alpha_pattern"].items()}
     name = record.base_model or getattr(root, "name_or_path", None) or None
     values |= {
         "auto_mapping": None,
@@ -139,5 +139,6 @@ def _skipped_some(root: nn.Module, config: LoraConfig) -> bool:
     )
 
 
-def _whole(value: float) -> float:
+def int_if_whole(value: float) -> float:
+    """A number as PEFT's files have it: without a point where it is whole."""
     return int(value) if float(value).is_integer() else value
