@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -35,13 +40,20 @@ def test_everything_is_packed_once(kind):
     assert not [path for path in packed if path.startswith(("conf/", "lora_lightning/conf/lora", "outputs/", ".venv/"))]
 
 
+def test_all_that_tests_read_is_in_the_sdist(tmp_path):
+    sdist = pytest.importorskip("hatchling.builders.sdist")
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a checkout")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    links = {"conf", "lora_lightning/conf/lora"}  # the folders behind them are packed
+    tracked = {path for path in listed if (ROOT / path).is_file() and not path.startswith((".ci/", ".gitattributes"))}
+    with tarfile.open(next(sdist.SdistBuilder(str(ROOT)).build(directory=str(tmp_path)))) as file:
+        packed = {name.partition("/")[2] for name in file.getnames()}
+    assert tracked - links <= packed
+
+
 def test_configs_compose_without_the_links(tmp_path):
     """On Windows a link is checked out as a text file: the presets are found all the same."""
-    import os
-    import shutil
-    import subprocess
-    import sys
-
     package = tmp_path / "lora_lightning"
     shutil.copytree(ROOT / "lora_lightning", package, ignore=shutil.ignore_patterns("__pycache__"), symlinks=True)
     shutil.copytree(ROOT / "hydra_plugins", tmp_path / "hydra_plugins")
