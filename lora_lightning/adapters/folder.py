@@ -134,7 +134,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trainable:
         What was adapted.
 
     Raises:
-        AdapterError: If the folder does not fit; the model is as it was then.
+        AdapterError: If the folder does not fit, or the model has no memory yet (:func:`load_base` comes first); the
+            model is as it was then.
     """
     folder, model = adapter_folder(folder), unwrap(model)
     config, weights = read_config(model, folder), read_weights(folder)
