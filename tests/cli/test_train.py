@@ -10,8 +10,8 @@ import pytest
 from omegaconf import OmegaConf
 
 import lora_lightning
+from lora_lightning.cli.optimized import optimized
 from lora_lightning.cli.train import main
-from lora_lightning.cli.training import _metric
 from lora_lightning.errors import LoraConfigError
 
 ROOT = Path(lora_lightning.__file__).parents[1]
@@ -173,21 +173,24 @@ def test_a_multirun_gives_each_job_its_folder(command, warm_python, tmp_path):
 
 
 def test_the_metric_for_sweepers_is_returned():
-    assert _metric("perplexity", {"val_loss": 1.5, "perplexity": 4.5, "steps": 3}) == 4.5
-    assert _metric(None, {}) is None
+    assert optimized("perplexity", {"val_loss": 1.5, "perplexity": 4.5, "steps": 3}) == 4.5
+    assert optimized(None, {}) is None
     with pytest.raises(LoraConfigError, match="did you mean val_loss"):
-        _metric("val_los", {"val_loss": 1.5})
+        optimized("val_los", {"val_loss": 1.5})
 
 
 @pytest.mark.parametrize("entry", [pytest.param("script", marks=pytest.mark.slow), "console"])
 def test_two_processes_share_a_run(command, warm_python, tmp_path, entry):
-    """Both ways in: Lightning starts the second process from sys.argv."""
-    folder = tmp_path / "run"
+    """Both ways in: Lightning starts the second process from sys.argv. W&B has temporary files, which go at the end."""
+    folder, temporary = tmp_path / "run", tmp_path / "t"
+    temporary.mkdir()
     console = "import sys; from lora_lightning.cli.main import main; sys.argv[0] = 'lora-lightning'; main()"
     program = [TRAIN] if entry == "script" else ["-c", console, "train"]
     settings = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", f"hydra.run.dir={folder}"]
-    done = command(*program, *FAST, *settings, python=warm_python)
+    environment = {"TMPDIR": str(temporary), "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    done = command(*program, *FAST, *settings, "logger=wandb", python=warm_python, **environment)
     assert done.returncode == 0, done.stderr
+    assert [path.name for path in temporary.iterdir() if "inductor" not in path.name] == []
     result = result_of(folder)
     assert (result["status"], result["steps"]) == ("finished", 4)
     assert "8 rows × 2 devices = 16" in done.stdout
