@@ -34,8 +34,8 @@ with told(), remedied(cfg, overrides[:2]):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
-def test_a_training_that_runs_out_of_memory_ends_with_a_command_to_paste(command):
-    done = command("-c", STARVED)
+def test_a_training_that_runs_out_of_memory_ends_with_a_command_to_paste(command, warm_python):
+    done = command("-c", STARVED, python=warm_python)
     assert done.returncode == 1, done.stderr
     assert "The memory did not suffice (RuntimeError:" in done.stderr
     assert "you tried to allocate 1073741824 bytes" in done.stderr
