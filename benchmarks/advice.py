@@ -1,12 +1,13 @@
-"""Whether the advice on the rank is right: trainings that ask for it, and the same ones with what it says.
+"""Whether the advice on the rank is right: trainings that may ask for it, and the same ones with what it says.
 
-    python benchmarks/advice.py                            # the demo: five trainings
-    python benchmarks/advice.py experiment=smoke           # the same on a tiny model, a minute
+    python benchmarks/advice.py                            # the demo: six trainings
+    python benchmarks/advice.py experiment=smoke           # the same on a tiny model, a minute or two
     python benchmarks/advice.py --write                    # and puts the table into docs/insight.md
 
-A run with r=1 is starved: following the advice is to lower its loss. One with r=64 has more than it needs: following
-the advice is to leave the loss as it is, within what another seed makes of it. What is followed is the override that
-the run itself has printed, whatever it is.
+A run with r=2 has the least rank that can be judged: if it is told to be short, following the advice has to lower the
+loss by more than another seed does, and if it is not, r=16 must not. One with r=64 has more than most: following the
+advice has to leave the loss as it is, within what another seed makes of it. What is followed is the override that the
+run itself has printed, whatever it is; of a run that has printed none, the rank of the balanced preset.
 """
 # ruff: noqa: E402 - the path comes before the imports
 
@@ -28,8 +29,9 @@ sys.path[:] = [str(ROOT), *(place for place in sys.path if Path(place).resolve()
 from benchmarks.page import fill, markdown
 
 PAGE = ROOT / "docs" / "insight.md"
-COLUMNS = ("run", "validation loss", "what it advised on the rank", "loss with that", "difference")
-CASES = {"rank saturated": "lora.r=1", "rank unused": "lora.r=64"}
+COLUMNS = ("run", "validation loss", "what it advised on the rank", "done then", "loss with that", "another seed", "so")
+CASES = {"rank saturated": "lora.r=2", "rank unused": "lora.r=64"}
+ELSE = "lora.r=16"
 
 
 def train(folder: Path, overrides: list[str]) -> dict[str, Any]:
@@ -39,15 +41,30 @@ def train(folder: Path, overrides: list[str]) -> dict[str, Any]:
     return json.loads((folder / "result.json").read_text(encoding="utf-8"))
 
 
-def followed(folder: Path, rule: str, overrides: list[str]) -> tuple[list[str], float]:
-    """A row: a run, what it advised, and the run that follows; and the loss of the first."""
+def followed(folder: Path, rule: str, overrides: list[str]) -> list[str]:
+    """A row: a run, what it advised, the run that follows, and the first one with another seed."""
     first = train(folder / "first", overrides)
     said = next((each["override"] for each in first["advice"] if each["rule"] == rule), None)
+    then = train(folder / "second", [*overrides, *shlex.split(said or ELSE)])["val_loss"]
+    again = train(folder / "again", [*overrides, "seed=1"])["val_loss"]
     loss = first["val_loss"]
-    if said is None:
-        return [f"`{_shown(overrides)}`", f"{loss:.4f}", "nothing", "", ""], loss
-    second = train(folder / "second", [*overrides, *shlex.split(said)])["val_loss"]
-    return [f"`{_shown(overrides)}`", f"{loss:.4f}", f"`{said}`", f"{second:.4f}", f"{second - loss:+.4f}"], loss
+    return [
+        f"`{_shown(overrides)}`",
+        f"{loss:.4f}",
+        rule if said else "nothing",
+        f"`{said or ELSE}`",
+        f"{then:.4f} ({then - loss:+.4f})",
+        f"{again:.4f} ({again - loss:+.4f})",
+        "right" if _is_right(rule, said is not None, then - loss, abs(again - loss)) else "**wrong**",
+    ]
+
+
+def _is_right(rule: str, spoken: bool, change: float, noise: float) -> bool:
+    """Whether the other rank has done to the loss what the run has said of it, or has not by being silent."""
+    helped = change < -noise
+    if rule == "rank saturated":
+        return helped == spoken
+    return not spoken or change <= noise
 
 
 def main() -> None:
@@ -57,14 +74,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="of all trainings")
     chosen = parser.parse_args()
     common = ["callbacks.samples=null", *chosen.overrides]
-    rows = []
     with tempfile.TemporaryDirectory() as place:
-        for rule, rank in CASES.items():
-            row, loss = followed(Path(place) / rule.replace(" ", "_"), rule, [*common, rank])
-            rows.append(row)
-        again = train(Path(place) / "noise", [*common, CASES["rank unused"], "seed=1"])["val_loss"]
-    rows.append([f"`{_shown([*common, CASES['rank unused']])}`", f"{loss:.4f}", "another seed", f"{again:.4f}",
-                 f"{again - loss:+.4f}"])  # fmt: skip
+        rows = [followed(Path(place) / rule.replace(" ", "_"), rule, [*common, rank]) for rule, rank in CASES.items()]
     text = markdown(COLUMNS, rows)
     print(f"\n{text}")
     if chosen.write:

@@ -29,6 +29,7 @@ from lora_lightning.adapters.tensor_file import read_tensors
 from lora_lightning.adapters.written import new_folder, refuse_existing
 from lora_lightning.config_checks import check_rank
 from lora_lightning.errors import LoraConfigError
+from lora_lightning.injection.matching import patterns_for
 
 _DORA = (
     "DoRA divides by the lengths of W + s · B A, which are no longer those of training: magnitudes are kept, and this "
@@ -234,30 +235,11 @@ def _settings(pairs: Sequence[Pair], config: Mapping[str, Any]) -> dict[str, Any
     fields: dict[str, Any] = {
         "r": r,
         "lora_alpha": alpha,
-        "rank_pattern": _patterns({name: each[0] for name, each in by_name.items()}, r),
-        "alpha_pattern": _patterns({name: each[1] for name, each in by_name.items()}, alpha),
+        "rank_pattern": patterns_for({name: each[0] for name, each in by_name.items()}, r),
+        "alpha_pattern": patterns_for({name: each[1] for name, each in by_name.items()}, alpha),
         "init_lora_weights": True,  # how it began says nothing any more
     }
     return fields | {name: None for name in ("eva_config", "corda_config", "lora_ga_config") if name in config}
-
-
-def _patterns(values: Mapping[str, float], default: float) -> dict[str, float]:
-    """A pattern for what differs: by the last part of names where all of that name agree, else by whole names."""
-    by_last: dict[str, list[str]] = {}
-    for name in values:
-        by_last.setdefault(name.rpartition(".")[2], []).append(name)
-    found: dict[str, float] = {}
-    for last, names in by_last.items():
-        if len({values[name] for name in names}) == 1:
-            found[last] = values[names[0]]
-        else:
-            found |= {_only(name, names): values[name] for name in names}
-    return {key: value for key, value in found.items() if value != default}
-
-
-def _only(name: str, names: Sequence[str]) -> str:
-    """A key that matches a name and none that ends in it."""
-    return f"^{name}" if any(other.endswith(f".{name}") for other in names) else name
 
 
 def _ranks(values: Iterable[int]) -> str:

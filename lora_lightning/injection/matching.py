@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 
 def matches(names: str | Collection[str], name: str) -> bool:
@@ -59,3 +59,28 @@ def compiled_patterns(keys: tuple[str, ...]) -> list[tuple[str, str, re.Pattern[
     return [
         (key, tail.removeprefix("^"), re.compile(rf"(.*\.)?({key})$")) for key, tail in zip(keys, tails, strict=True)
     ]
+
+
+def patterns_for(values: Mapping[str, float], default: float) -> dict[str, float]:
+    """Keys that :func:`pattern_value` finds given values by, for what is not the default.
+
+    A key is the last part of names where all of that name agree, else a whole name.
+
+    >>> patterns_for({"0.q": 4, "1.q": 4, "0.v": 8, "1.v": 2}, 8)
+    {'q': 4, '1.v': 2}
+    """
+    by_last: dict[str, list[str]] = {}
+    for name in values:
+        by_last.setdefault(name.rpartition(".")[2], []).append(name)
+    found: dict[str, float] = {}
+    for last, names in by_last.items():
+        if len({values[name] for name in names}) == 1:
+            found[last] = values[names[0]]
+        else:
+            found |= {_only(name, names): values[name] for name in names}
+    return {key: value for key, value in found.items() if value != default}
+
+
+def _only(name: str, names: Sequence[str]) -> str:
+    """A key that matches a name and none that ends in it."""
+    return f"^{name}" if any(other.endswith(f".{name}") for other in names) else name

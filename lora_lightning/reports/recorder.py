@@ -84,6 +84,7 @@ class RunRecorder(Callback):
         """Take stock of a run that was broken off."""
         asked = isinstance(exception, (KeyboardInterrupt, SystemExit))  # a signal's handler ends with the latter
         self._take_stock(trainer, pl_module, "interrupted" if asked else "failed")
+        self.fields["error"] = None if asked else f"{type(exception).__name__}: {exception}"
 
     def state_dict(self) -> dict[str, Any]:
         """The metrics before training, for a run that is resumed."""

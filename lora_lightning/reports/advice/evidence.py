@@ -13,6 +13,8 @@ from statistics import median
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from lora_lightning.errors import AdapterError
 from lora_lightning.reports.curves import Points, joined, parts_of
@@ -20,6 +22,11 @@ from lora_lightning.reports.insight.places import places_of
 from lora_lightning.reports.insight.rows import InsightRow, latest, read_rows
 
 FILES = ("metrics.csv", "insight.csv", "result.json", "config.yaml")
+STEPS = 20
+"""Of fewer steps nobody expects much."""
+BARELY = 0.02
+"""A loss that has fallen by less than this share of itself has barely moved."""
+_USUAL_SCALE = 2.0  # up to which ``optimizer.lr`` is ``learning_rate``, and beyond which it is less in proportion
 
 
 @dataclass(frozen=True)
@@ -76,10 +83,44 @@ class Evidence:
         return ranks.pop() if len(ranks) == 1 else None
 
     @property
-    def learning_rate(self) -> float | None:
-        """What ``learning_rate=`` was."""
-        found = self.config.get("learning_rate")
-        return float(found) if isinstance(found, (int, float)) else None
+    def rate(self) -> tuple[str, float] | None:
+        """The setting that the learning rate went by, and its value.
+
+        It is ``learning_rate``, or ``optimizer.lr`` where that was given itself or is an optimizer's own.
+        """
+        general, own = self.config.get("learning_rate"), (self.config.get("optimizer") or {}).get("lr")
+        if isinstance(own, (int, float)) and (self.given("optimizer.lr") or not self._follows(own, general)):
+            return "optimizer.lr", float(own)
+        return ("learning_rate", float(general)) if isinstance(general, (int, float)) else None
+
+    def _follows(self, own: float, general: object) -> bool:
+        r, alpha = self.lora.get("r"), self.lora.get("lora_alpha")
+        if not isinstance(general, (int, float)) or not (isinstance(r, int) and isinstance(alpha, (int, float))):
+            return own == general
+        scale = abs(alpha) / (math.sqrt(r) if self.lora.get("use_rslora") else r)
+        return math.isclose(own, general * min(1.0, _USUAL_SCALE / scale) if scale else general, rel_tol=1e-6)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps done."""
+        seen = (step for step, *_ in (*self.trained, *self.validated))
+        return max([int(self.result.get("steps") or 0), *seen, *(row.step for row in self.rows)])
+
+    @property
+    def fallen(self) -> float | None:
+        """The share of itself by which validation loss (else training loss) has fallen; None if that is not known."""
+        if len(self.validated) >= 2:
+            first, last = self.validated[0][1], self.validated[-1][1]
+        elif (ends := thirds(self.trained)) is not None:
+            first, last = ends
+        else:
+            return None
+        return (first - last) / abs(first) if first and math.isfinite(first - last) else None
+
+    @property
+    def has_learned(self) -> bool:
+        """Whether what the adapters look like is what learning has made of them, as far as that is known."""
+        return self.steps >= STEPS and (self.fallen is None or self.fallen >= BARELY)
 
     @property
     def overfits(self) -> bool:
@@ -122,9 +163,9 @@ def evidence_of(folder: str | os.PathLike[str], result: Mapping[str, Any] | None
         if result is None:
             result = _json(folder / "result.json")
         config: Any = OmegaConf.to_container(OmegaConf.load(path)) if (path := folder / "config.yaml").is_file() else {}
-        metrics = folder / "metrics.csv"
-        trained, validated = joined(parts_of(metrics), "train_loss", "val_loss")
-    except (ValueError, OSError, KeyError) as error:
+        adapter = _json(folder / "adapter" / "adapter_config.json")
+        trained, validated = joined(parts_of(folder / "metrics.csv"), "train_loss", "val_loss")
+    except (ValueError, OSError, KeyError, YAMLError, OmegaConfBaseException) as error:
         raise AdapterError(f"a file of {folder} cannot be read: {error}") from error
     before = result.get("val_loss_before")
     if isinstance(before, (int, float)) and math.isfinite(before) and (not validated or validated[0][0] > 0):
@@ -138,7 +179,7 @@ def evidence_of(folder: str | os.PathLike[str], result: Mapping[str, Any] | None
         rows=read_rows(folder / "insight.csv"),
         config=config if isinstance(config, dict) else {},
         result=result,
-        adapter=_json(folder / "adapter" / "adapter_config.json"),
+        adapter=adapter,
     )
 
 

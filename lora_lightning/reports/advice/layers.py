@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from statistics import median
 
+from lora_lightning.injection.matching import matches
 from lora_lightning.reports.advice.evidence import Evidence
 from lora_lightning.reports.advice.kinds import Advice, counted, percent
 
@@ -20,13 +21,14 @@ def never_moved(evidence: Evidence) -> Iterator[Advice]:
     known = [row for row in evidence.adapted if row.relative_norm is not None]
     if not known:
         return
-    usual = median(row.relative_norm or 0.0 for row in known)
+    usual = median([row.relative_norm for row in known if row.relative_norm] or [0.0])
     still = [row for row in known if (row.relative_norm or 0.0) <= STILL * usual]
     if not still or len(still) == len(known):
         return
     names = [row.layer for row in still]
     told = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    unreached = all(not row.grad_norm_A and not row.grad_norm_B for row in still)
+    gradients = [norm for row in still for norm in (row.grad_norm_A, row.grad_norm_B) if norm is not None]
+    unreached = bool(gradients) and not any(gradients)
     why = "No gradient reaches them: the model does not use them in these rows" if unreached else "They may be left out"
     yield Advice(
         "layers that never moved",
@@ -61,6 +63,7 @@ def targets_missing(evidence: Evidence) -> Iterator[Advice]:
 
 def _without(evidence: Evidence, names: list[str]) -> str | None:
     known = evidence.lora.get("exclude_modules") or []
-    if isinstance(known, str) or len(names) > 40:  # a regular expression cannot be added to
+    names = [name for name in names if not matches(evidence.lora.get("target_parameters") or (), name)]
+    if isinstance(known, str) or not 0 < len(names) <= 40:  # a regular expression cannot be added to
         return None
     return "'lora.exclude_modules=[{}]'".format(",".join([*known, *names]))

@@ -1,50 +1,55 @@
 """Whether the rank is too small or too large, by the spectra of the updates.
 
 An optimizer like Adam moves in all directions that it has, so that even an update that needs few of them has a little
-in each. A rank is short where the directions that it has carry alike, and ample where few of them carry all.
+in each, and how many are used tells nothing. What tells is how much the lesser half of them holds: as much as a lower
+rank would lose, and, where the update goes on as it has begun, about as much as twice the rank would add.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from statistics import fmean
 
+from lora_lightning.injection.matching import pattern_value, patterns_for
 from lora_lightning.reports.advice.evidence import Evidence
 from lora_lightning.reports.advice.kinds import Advice, counted, percent
 from lora_lightning.reports.insight.rows import InsightRow
 
-EVEN = 0.3
-"""A layer's rank is short where all of it is used and its stable rank is more than this share of it."""
+SHORT = 0.2
+"""A layer's rank is short where the lesser half of its directions holds more than this share of the update."""
 MOST = 0.5
 """The rank of all is short where that of so many layers is, and a kind's where that of so many of the kind is."""
 
 
 def saturated(evidence: Evidence) -> Iterator[Advice]:
-    """All directions are used, and used alike: more of them would be too."""
-    if evidence.overfits or not evidence.adapted:
+    """The lesser directions carry so much that there are likely to be more."""
+    rows = [row for row in evidence.adapted if row.lesser_half is not None]
+    if evidence.overfits or not evidence.has_learned:
         return
     of_kind: dict[str, list[InsightRow]] = defaultdict(list)
-    for row in evidence.adapted:
+    for row in rows:
         of_kind[evidence.kinds[row.layer]].append(row)
-    full = [row for row in evidence.adapted if _is_full(row)]
-    short = {kind: rows for kind, rows in of_kind.items() if sum(map(_is_full, rows)) >= MOST * len(rows)}
+    short = {kind: rows for kind, rows in of_kind.items() if sum(map(_is_short, rows)) >= MOST * len(rows)}
     if not short:
         return
+    full = [row for row in rows if _is_short(row)]
+    share = fmean(row.lesser_half or 0.0 for row in full)
     numbers = {
         "layers": len(full),
         "of": len(evidence.adapted),
-        "stable_rank": fmean(row.stable_rank or 0 for row in full),
+        "lesser_half": share,
         "rank": fmean(row.rank or row.r for row in full),
     }
     seen = (
-        f"All of the rank is used, and evenly, in {len(full)} of {len(evidence.adapted)} layers "
-        f"({counted(evidence.kinds[row.layer] for row in full)}): their stable rank is {numbers['stable_rank']:.1f} of "
-        f"{numbers['rank']:.3g} on average"
+        f"In {len(full)} of {len(evidence.adapted)} layers ({counted(evidence.kinds[row.layer] for row in full)}) the "
+        f"lesser half of the directions still holds {percent(share)} of the update on average: more directions are "
+        "likely to be used too"
     )
     r = evidence.r
-    if r is not None and len(full) >= MOST * len(evidence.adapted):
+    if r is not None and len(full) >= MOST * len(rows) and all(row.r == r for row in rows):
         yield Advice("rank saturated", "hint", f"{seen}. Try r={raised(r)}.", numbers, with_rank(evidence, raised(r)))
         return
     ranks = {kind: raised(max(row.r for row in rows)) for kind, rows in short.items()}
@@ -58,7 +63,7 @@ def unused(evidence: Evidence) -> Iterator[Advice]:
     """Half of the rank, or less, would hold what nearly every layer has learned."""
     rows, r = evidence.adapted, evidence.r
     needed = sorted(row.rank_95 for row in rows if row.rank_95 is not None)
-    if r is None or len(needed) < 2 or any(row.r != r for row in rows):
+    if r is None or len(needed) < 2 or any(row.r != r or _is_short(row) for row in rows) or not evidence.has_learned:
         return
     most = needed[int(0.95 * (len(needed) - 1))]
     lower = max(2, 1 << (math.ceil(most) - 1).bit_length()) if most else r
@@ -84,27 +89,46 @@ def raised(r: int) -> int:
 
 
 def with_rank(evidence: Evidence, r: int) -> str:
-    """The override for another rank at the same scale: alpha follows by itself unless it was given."""
-    if not evidence.given("lora.lora_alpha"):
+    """The override for another rank at the same scale, whoever has set alpha."""
+    alpha = evidence.lora.get("lora_alpha")
+    if alpha is None or not evidence.r:
         return f"lora.r={r}"
-    return f"lora.r={r} lora.lora_alpha={_alpha(evidence, r):g}"
+    return f"lora.r={r} lora.lora_alpha={_alpha(evidence, alpha, r / evidence.r):g}"
 
 
-def _alpha(evidence: Evidence, r: int) -> float:
-    """The alpha that keeps the scale."""
-    ratio = r / (evidence.r or r)
-    return float(evidence.lora.get("lora_alpha", r)) * (ratio**0.5 if evidence.lora.get("use_rslora") else ratio)
+def _alpha(evidence: Evidence, alpha: float, ratio: float) -> float:
+    """The alpha that keeps the scale of a rank that is so many times as large."""
+    return alpha * (math.sqrt(ratio) if evidence.lora.get("use_rslora") else ratio)
 
 
-def _pattern(evidence: Evidence, ranks: dict[str, int]) -> str:
-    """Overrides for other ranks in some layers, at the scale that they have; patterns that are there stay."""
-    alphas = {kind: _alpha(evidence, rank) for kind, rank in ranks.items()}
-    return " ".join(
-        f"'+lora.{name}_pattern={{{','.join(f'{kind}:{value:g}' for kind, value in pattern.items())}}}'"
-        for name, pattern in (("rank", ranks), ("alpha", alphas))
-    )
+def _pattern(evidence: Evidence, raised_kinds: Mapping[str, int]) -> str | None:
+    """Overrides for other ranks in some kinds of layers, at the scale that they have; patterns that are there stay.
+
+    None where no short line says it, or one that the patterns which are there leave without effect.
+    """
+    r, alpha = evidence.r, evidence.lora.get("lora_alpha")
+    if r is None or alpha is None:
+        return None
+    of_rank: dict[str, float] = {}
+    of_alpha: dict[str, float] = {}
+    names = {row.layer for row in evidence.adapted}
+    known = {name: evidence.lora.get(f"{name}_pattern") or {} for name in ("rank", "alpha")}
+    for row in evidence.adapted:
+        above = row.layer.rpartition(".")[0]
+        meant = above if above in names else row.layer  # a projection of an attention that is adapted as a whole
+        of_rank[meant] = max(of_rank.get(meant, 0), raised_kinds.get(evidence.kinds[row.layer], row.r))
+        of_alpha[meant] = _alpha(evidence, pattern_value(known["alpha"], meant, alpha), of_rank[meant] / row.r)
+    told = []
+    for name, values, default in (("rank", of_rank, r), ("alpha", of_alpha, alpha)):
+        pattern = patterns_for(values, default)
+        both = known[name] | pattern
+        if any(pattern_value(both, layer, default) != value for layer, value in values.items()):
+            return None
+        if len(pattern) > 40 or not all(re.fullmatch(r"[\w.]+", key) for key in pattern):
+            return None
+        told.append(f"'+lora.{name}_pattern={{{','.join(f'{key}:{value:g}' for key, value in pattern.items())}}}'")
+    return " ".join(told)
 
 
-def _is_full(row: InsightRow) -> bool:
-    rank = row.rank or row.r
-    return (row.rank_used or 0) > 1 - 0.5 / rank and (row.stable_rank or 0) > EVEN * rank
+def _is_short(row: InsightRow) -> bool:
+    return (row.lesser_half or 0.0) > SHORT

@@ -52,19 +52,24 @@ def advise(folder: str | os.PathLike[str], result: Mapping[str, Any] | None = No
     return judge(evidence_of(folder, result))
 
 
-def leave_advice(folder: Path, result: Mapping[str, Any]) -> list[Advice]:
+def leave_advice(folder: Path, result: Mapping[str, Any]) -> list[Advice] | None:
     """Advice at the end of a run, written to ``advice.md`` in its folder. A run does not fail for it: that warns.
 
     Args:
         folder: The run's folder.
         result: What ``result.json`` is going to say.
+
+    Returns:
+        What the rules say; None of a run that has measured nothing or was broken off before anything was wrong with
+        it, and where a file cannot be read.
     """
     try:
         evidence = evidence_of(folder, result)
         found = judge(evidence)
-        if not evidence.is_empty:
-            (folder / "advice.md").write_text(as_markdown(found), encoding="utf-8")
+        if evidence.is_empty or not (found or evidence.result.get("status") == "finished"):
+            return None
+        (folder / "advice.md").write_text(as_markdown(found), encoding="utf-8")
         return found
     except Exception as error:
         rank_zero_warn(f"No advice on the run in {folder}: {error}")
-        return []
+        return None

@@ -5,8 +5,10 @@ import shlex
 from dataclasses import replace
 
 import pytest
+import torch
 
-from lora_lightning import LoraConfig
+from lora_lightning import LoraConfig, inject_lora
+from lora_lightning.adapters.spectrum import spectrum_of
 from lora_lightning.reports.advice import Evidence, judge
 from lora_lightning.reports.advice.curves import spikes
 from lora_lightning.reports.insight import InsightRow
@@ -14,16 +16,17 @@ from lora_lightning.reports.insight import InsightRow
 KINDS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
 
 
-def rows(r=16, used=0.8, stable=0.13, needed=12.0, step=60, blocks=4, kinds=KINDS, **fields):
-    """Layers as a run leaves them: by default as the demo does, most of the rank used and most of it little."""
-    fields = {"relative_norm": 0.05, "grad_norm_A": 0.1, "grad_norm_B": 0.2, "parameters": 1000} | fields
+def rows(r=16, half=0.08, needed=10.0, step=60, blocks=4, kinds=KINDS, **fields):
+    """Layers as a run leaves them: by default as the demo does, with most of the rank used and most of it little."""
+    known = {"effective_rank": 0.75 * r, "relative_norm": 0.05, "grad_norm_A": 0.1, "grad_norm_B": 0.2}
+    known |= {"parameters": 1000, "rank_95": needed, "lesser_half": half} | fields
     names = [f"model.layers.{block}.{kind}" for block in range(blocks) for kind in kinds]
-    return [
-        InsightRow(
-            step, name, r, r, effective_rank=0.75 * r, stable_rank=stable * r, rank_used=used, rank_95=needed, **fields
-        )
-        for name in names
-    ]
+    return [InsightRow(step, name, r, r, **known) for name in names]
+
+
+def of_kind(kind, layers=None, half=0.3):
+    """The same layers, those of a kind short of rank."""
+    return [replace(row, lesser_half=half) if row.layer.endswith(kind) else row for row in layers or rows()]
 
 
 def falling(first, last, steps=60, every=5, wobble=0.05):
@@ -68,29 +71,72 @@ def test_a_healthy_run_is_left_alone():
 # ---- rank
 
 
-def test_a_rank_that_all_layers_use_evenly_is_too_small():
-    starved = with_lora(replace(HEALTHY, rows=rows(r=2, used=1.0, stable=0.6)), r=2, lora_alpha=4)
+def test_a_rank_whose_lesser_half_holds_much_is_too_small():
+    starved = with_lora(replace(HEALTHY, rows=rows(r=2, half=0.4, needed=2)), r=2, lora_alpha=4)
     advice = the("rank saturated", starved)
-    assert (advice.severity, advice.override) == ("hint", "lora.r=8")
+    assert (advice.severity, advice.override) == ("hint", "lora.r=8 lora.lora_alpha=16")
     assert "12 of 12 layers" in advice.sentence
-    assert advice.numbers == {"layers": 12, "of": 12, "stable_rank": pytest.approx(1.2), "rank": 2}
+    assert "holds 40 % of the update" in advice.sentence
+    assert advice.numbers == {"layers": 12, "of": 12, "lesser_half": pytest.approx(0.4), "rank": 2}
 
 
 def test_one_kind_of_layer_gets_a_pattern_with_its_scale():
-    mixed = rows()[:9] + rows(used=1.0, stable=0.5)[9:]
-    of_kind = [replace(row, rank_used=1.0, stable_rank=8.0) if "down_proj" in row.layer else row for row in rows()]
-    assert "rank saturated" in names(replace(HEALTHY, rows=of_kind))
-    advice = the("rank saturated", replace(HEALTHY, rows=of_kind))
+    advice = the("rank saturated", replace(HEALTHY, rows=of_kind("down_proj")))
     assert advice.override == "'+lora.rank_pattern={down_proj:32}' '+lora.alpha_pattern={down_proj:64}'"
-    assert names(replace(HEALTHY, rows=mixed)) == []  # the last block is no kind
+    last_block = rows()[:9] + rows(half=0.3)[9:]
+    assert names(replace(HEALTHY, rows=last_block)) == []  # which is no kind
+
+
+def wanted_spectrum(r, wanted, steps=300):
+    """A linear layer trained at a rank towards an update whose singular values are known; its layer after that."""
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(64, 64, generator=generator)).Q[:, : len(wanted)] for _ in range(2))
+    net = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False))
+    target = net[0].weight.detach() + u * torch.tensor(wanted) @ v.T
+    inject_lora(net, LoraConfig(r=r, lora_alpha=2 * r), seed=0)
+    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=1e-2)
+    for _ in range(steps):
+        x = torch.randn(64, 64, generator=generator)
+        noise = 0.5 * torch.randn(64, 64, generator=generator)
+        loss = (net(x) - x @ target.T - noise).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    spectrum = spectrum_of(net[0])
+    return rows(r, spectrum.lesser_half, spectrum.used_95, effective_rank=spectrum.effective_rank)
+
+
+EVEN, LONG, SHORT_ONE = [1.0] * 8, [3 * n**-0.5 for n in range(1, 65)], [4.0 * n**-2 for n in range(1, 65)]
+
+
+@pytest.mark.parametrize(
+    ("r", "wanted", "said"),
+    [
+        (2, EVEN, ["rank saturated"]),
+        (4, EVEN, ["rank saturated"]),
+        (32, EVEN, ["rank unused"]),
+        (2, LONG, ["rank saturated"]),
+        (4, LONG, ["rank saturated"]),
+        (2, SHORT_ONE, []),
+        (2, [4.0], []),
+        (1, EVEN, []),  # one direction tells nothing of a second
+        (1, [4.0], []),
+    ],
+)
+def test_what_a_layer_learned_says_whether_it_wanted_more(r, wanted, said):
+    evidence = with_lora(replace(HEALTHY, rows=wanted_spectrum(r, wanted)), r=r, lora_alpha=2 * r)
+    assert names(evidence) == said
 
 
 @pytest.mark.parametrize(
     "evidence",
     [
-        replace(HEALTHY, rows=rows(r=16, used=1.0, stable=0.2)),  # all of it is used, most of it hardly
-        replace(HEALTHY, rows=rows(r=16, used=0.8, stable=0.5)),  # some of it is not used
-        replace(HEALTHY, rows=rows(r=2, used=1.0, stable=0.6), validated=OVERFIT),  # more would learn more by heart
+        replace(HEALTHY, rows=rows(r=16, half=0.15)),
+        replace(HEALTHY, rows=rows(r=2, half=0.4), validated=OVERFIT),  # more would learn more by heart
+        replace(HEALTHY, rows=rows(r=2, half=0.4), validated=[(0, 4.41), (60, 4.40)]),  # has learned nothing yet
+        Evidence(rows=rows(r=2, half=0.4, step=2), config=HEALTHY.config),
+        replace(HEALTHY, rows=rows(r=1, half=None, needed=1)),
         replace(HEALTHY, rows=[]),
     ],
 )
@@ -99,13 +145,13 @@ def test_a_rank_that_suffices_is_not_raised(evidence):
 
 
 def test_a_rank_of_which_little_is_used_is_too_large():
-    ample = with_lora(replace(HEALTHY, rows=rows(r=64, needed=11, stable=0.05)), r=64, lora_alpha=128)
+    ample = with_lora(replace(HEALTHY, rows=rows(r=64, needed=11, half=0.01)), r=64, lora_alpha=128)
     advice = the("rank unused", ample)
-    assert advice.override == "lora.r=16"
+    assert advice.override == "lora.r=16 lora.lora_alpha=32"
     assert "11 of 64" in advice.sentence
-    own_alpha = replace(ample, result={"overrides": ["lora.r=64", "lora.lora_alpha=128"]})
-    assert the("rank unused", own_alpha).override == "lora.r=16 lora.lora_alpha=32"
-    rslora = with_lora(own_alpha, use_rslora=True)
+    own_alpha = with_lora(ample, lora_alpha=16)  # of the user's own experiment file, say
+    assert the("rank unused", own_alpha).override == "lora.r=16 lora.lora_alpha=4"
+    rslora = with_lora(ample, use_rslora=True)
     assert the("rank unused", rslora).override == "lora.r=16 lora.lora_alpha=64"
     old = LoraConfig(r=64, lora_alpha=128, use_rslora=True).scaling()
     assert LoraConfig(r=16, lora_alpha=64, use_rslora=True).scaling() == old
@@ -124,13 +170,31 @@ def test_a_rank_that_is_needed_is_not_lowered(layers):
     assert "rank unused" not in names(with_lora(replace(HEALTHY, rows=layers), r=layers[0].r))
 
 
+def test_nothing_is_said_of_the_rank_of_what_has_learned_nothing():
+    layers = rows(r=64, needed=7, half=0.01)
+    ample = with_lora(replace(HEALTHY, rows=layers), r=64)
+    assert names(ample) == ["rank unused"]
+    assert names(replace(ample, validated=[(0, 4.41), (60, 4.40)])) == ["learning rate too low"]
+    few = Evidence(validated=[(0, 4.4), (2, 4.0)], rows=rows(r=64, needed=7, step=2), config=ample.config)
+    assert names(few) == []
+
+
+def test_one_layer_that_is_short_is_no_reason_to_lower_the_others():
+    head = replace(rows(r=64)[0], layer="lm_head", lesser_half=0.3, rank_95=60)
+    layers = [*rows(r=64, needed=7, half=0.01, blocks=20), head]
+    assert names(with_lora(replace(HEALTHY, rows=layers), r=64, lora_alpha=128)) == ["rank saturated"]
+
+
 # ---- curves
 
 
 def test_learning_by_heart():
     advice = the("overfitting", replace(HEALTHY, validated=OVERFIT))
     assert advice.severity == "warning"
-    assert advice.override == "trainer.max_steps=20 lora.lora_dropout=0.1 lora.r=8"
+    assert advice.override == "trainer.max_steps=20"
+    assert "more dropout (lora.lora_dropout=0.1) or a lower rank (lora.r=8 lora.lora_alpha=16)" in advice.sentence
+    much = the("overfitting", replace(with_lora(HEALTHY, lora_dropout=0.3), validated=OVERFIT))
+    assert "dropout" not in much.sentence
     assert advice.numbers["lowest_step"] == 20
     slight = [(0, 4.4), (20, 2.6), (40, 2.65), (60, 2.75)]
     assert the("overfitting", replace(HEALTHY, validated=slight)).severity == "hint"
@@ -184,6 +248,39 @@ def test_little_is_expected_of_few_steps_and_something_was_learned(validated):
     assert "learning rate too low" not in names(replace(HEALTHY, validated=validated))
 
 
+def test_a_run_that_was_stopped_at_numbers_that_are_none():
+    result = {"status": "failed", "steps": 6, "error": "NonFiniteError: the loss of step 7 is nan"}
+    stopped = Evidence(trained=[(5, 6.4)], config=HEALTHY.config, result=result)
+    (advice,) = judge(stopped)
+    assert (advice.rule, advice.severity, advice.override) == (
+        "learning rate too high",
+        "warning",
+        "learning_rate=0.0003",
+    )
+    assert "After 6 steps the loss or its gradients were not finite" in advice.sentence
+
+
+@pytest.mark.parametrize(
+    ("typed", "rate"),
+    [
+        (["lora=high_capacity"], ("learning_rate", 1e-3)),  # optimizer.lr is an eighth of it, by the scale
+        (["optimizer=riemannian", "learning_rate=5e-4"], ("learning_rate", 5e-4)),
+        (["optimizer=sgd"], ("optimizer.lr", 0.1)),
+        (["optimizer=riemannian_sgd", "optimizer.lr=1"], ("optimizer.lr", 1.0)),
+        (["optimizer.lr=1e-3"], ("optimizer.lr", 1e-3)),
+    ],
+)
+def test_the_learning_rate_is_that_which_the_optimizer_had(composed, typed, rate):
+    config = {key: value for key, value in composed(*typed).items() if key in ("learning_rate", "optimizer", "lora")}
+    jumping = [(step, 9.0 if step == 45 else loss) for step, loss in HEALTHY.trained]
+    evidence = Evidence(jumping, config=config, result={"overrides": typed})
+    assert evidence.rate == rate
+    advice = the("learning rate too high", evidence)
+    setting, value = advice.override.split("=")
+    assert (setting, float(value)) == (rate[0], pytest.approx(rate[1] / 3, rel=0.25))  # to one digit
+    assert f"({rate[0]}={rate[1]:g})" in advice.sentence
+
+
 def test_a_classifier_without_a_head():
     task = {"_target_": "lora_lightning.tasks.SequenceClassification"}
     adapter = {"task_type": "CAUSAL_LM", "modules_to_save": None}
@@ -210,6 +307,22 @@ def test_layers_that_stay_where_they_are():
     assert the("layers that never moved", more).override.startswith("'lora.exclude_modules=[lm_head,")
 
 
+def test_what_is_not_known_of_layers_that_stay_is_not_said():
+    layers = rows(grad_norm_A=None, grad_norm_B=None)
+    layers[1] = replace(layers[1], relative_norm=0.0)
+    advice = the("layers that never moved", replace(HEALTHY, rows=layers))
+    assert "gradient" not in advice.sentence
+    most = [row if "mlp" in row.layer else replace(row, relative_norm=0.0) for row in rows()]
+    assert "moved by 5 % of" in the("layers that never moved", replace(HEALTHY, rows=most)).sentence
+
+
+def test_parameters_are_not_left_out_by_the_names_of_modules():
+    layers = rows(kinds=("mlp.experts.gate_up_proj", "mlp.down_proj"))
+    layers[0] = replace(layers[0], relative_norm=0.0)
+    experts = with_lora(replace(HEALTHY, rows=layers), target_parameters=["experts.gate_up_proj"])
+    assert the("layers that never moved", experts).override is None
+
+
 @pytest.mark.parametrize("moved", [0.0, 0.003])
 def test_all_alike_or_only_less_is_not_still(moved):
     layers = rows() if moved else rows(relative_norm=0.0)
@@ -234,14 +347,13 @@ def test_targets_that_are_missing():
 
 
 def every_override():
-    of_kind = [replace(row, rank_used=1.0, stable_rank=8.0) if "down_proj" in row.layer else row for row in rows()]
     still = rows()
     still[1] = replace(still[1], relative_norm=0.0)
     for evidence in (
-        replace(HEALTHY, rows=of_kind),
+        replace(HEALTHY, rows=of_kind("down_proj")),
         replace(HEALTHY, rows=still),
         replace(HEALTHY, validated=OVERFIT),
-        with_lora(replace(HEALTHY, rows=rows(r=64, needed=7)), r=64),
+        with_lora(replace(HEALTHY, rows=rows(r=64, needed=7, half=0.01)), r=64),
     ):
         yield from (advice.override for advice in judge(evidence))
 
