@@ -72,7 +72,7 @@ def memory(held: Held, cost: StepCost | None, rows: int, *, dequantised: float =
 
 
 def available(setting: Setting) -> int | None:
-    """Bytes for training: those that were given; else of this machine's GPU, or what its main memory has left.
+    """Bytes for one device: those that were given; else of this machine's GPU, or a part of what main memory has left.
 
     Returns:
         None where it is a GPU that is planned for and there is none here.
@@ -80,7 +80,7 @@ def available(setting: Setting) -> int | None:
     if setting.memory is not None:
         return setting.memory
     if setting.device == "cpu":
-        return free_memory(torch.device("cpu"))
+        return free_memory(torch.device("cpu")) // setting.neighbours
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 

@@ -36,17 +36,33 @@ class Pace(NamedTuple):
 
 
 def calibrate(
-    layers: Iterable[tuple[int, int]], tokens: int, dtype: torch.dtype, device: str, *, seconds: float = 3.0
+    layers: Iterable[tuple[int, int]],
+    tokens: int,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    seconds: float = 3.0,
+    processes: int = 1,
 ) -> Pace:
     """Time products of layers, and one operation on single elements.
 
     Args:
-        layers: ``(in, out)`` of every linear layer of the model, each as often as it is there.
+        layers: ``(in, out)`` of every linear layer of the model, each as often as it is there; at least one.
         tokens: Of a batch.
         dtype: That products are computed in.
         device: ``cpu`` or ``cuda``.
         seconds: How long it may take, about.
+        processes: So many share the machine's CPU, each with its part of the threads.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // processes))
+    try:
+        return _measured(layers, tokens, dtype, device, seconds)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measured(layers: Iterable[tuple[int, int]], tokens: int, dtype: torch.dtype, device: str, seconds: float) -> Pace:
     counts: dict[tuple[int, int], int] = {}
     for sides in layers:
         counts[sides] = counts.get(sides, 0) + 1

@@ -13,26 +13,32 @@ import torch
 from torch import nn
 
 from lora_lightning.adapters.facts import adapter_state
+from lora_lightning.adapters.joined import joined
 from lora_lightning.adapters.peft_names import peft_names
 from lora_lightning.adapters.tensor_file import file_bytes
+from lora_lightning.adapters.tied_files import tied_names, tied_values
 from lora_lightning.config import LoraConfig
 from lora_lightning.config_starts import DATA_DRIVEN, changes_base
 from lora_lightning.errors import LoraConfigError
 from lora_lightning.injection import LoraReport
+from lora_lightning.injection.initialise import prepare
 from lora_lightning.injection.inject import inject_unfilled
 from lora_lightning.injection.names import canonical_modules, join
-from lora_lightning.injection.state import the_root, trained_in_full
-from lora_lightning.layers import LoraLayer, kind_of
+from lora_lightning.injection.state import lora_layers, the_root, trained_in_full
+from lora_lightning.layers import LoraLayer, is_linear, kind_of
+from lora_lightning.optim.groups import pairs
 from lora_lightning.reports.plan import memory as budget
 from lora_lightning.reports.plan.ghost import Ghost, narrowed, own_config
 from lora_lightning.reports.plan.memory import Memory
 from lora_lightning.reports.plan.pace import calibrate
 from lora_lightning.reports.plan.setting import TASKS, Setting
-from lora_lightning.reports.plan.spread import dequantised, held
+from lora_lightning.reports.plan.spread import dequantised, held, kept_before
 from lora_lightning.reports.plan.step import StepCost, step_cost
 from lora_lightning.strategies.chosen import balanced
 from lora_lightning.tasks.head import root_of
 from lora_lightning.tasks.model_config import ModelConfig
+
+_MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -162,9 +168,9 @@ def plan_of(setting: Setting, *, calibration: bool = True) -> Plan:
     ghost, report = adapted(setting, config)
     root = root_of(ghost.model)
     there = budget.available(setting)
-    notes = _notes(setting)
+    notes = _notes(setting, ghost.model)
     kept = held(ghost.model, setting)
-    moment = dequantised(ghost.model, setting)
+    moment = dequantised(ghost.model, setting, ghost.dtype)
     cost = _cost(setting, config, ghost, there, notes)
     with_rows = partial(budget.memory, kept, cost, dequantised=moment, device=setting.device)
     largest = seconds = flops = None
@@ -174,15 +180,17 @@ def plan_of(setting: Setting, *, calibration: bool = True) -> Plan:
         if there is not None:
             largest = budget.largest_batch(with_rows, budget.usable(there, setting))
         if calibration and (setting.device == "cpu" or torch.cuda.is_available()):
-            dtype = torch.bfloat16 if setting.precision == "bf16-mixed" else ghost.dtype
-            pace = calibrate(_sides(root), setting.rows * setting.tokens, dtype, setting.device)
-            seconds = 1000 * setting.accumulate * pace.seconds(step)
+            dtype = _MIXED.get(setting.precision, ghost.dtype)
+            if sides := _sides(root):
+                tokens, others = setting.rows * setting.tokens, setting.neighbours
+                pace = calibrate(sides, tokens, dtype, setting.device, processes=others)
+                seconds = 1000 * setting.accumulate * pace.seconds(step)
     return Plan(
         setting=setting,
         report=report,
         adapted=_by_kind(report),
         left_out=_left_out(root),
-        file_bytes=_file_bytes(ghost.model, setting.lora),
+        file_bytes=_file_bytes(ghost),
         memory=with_rows(setting.rows),
         available=there,
         largest_batch=largest,
@@ -198,13 +206,18 @@ def adapted(setting: Setting, config: Any) -> tuple[Ghost, LoraReport]:
     ghost = Ghost(setting, config)
     lora = setting.lora if setting.lora.task_type else replace(setting.lora, task_type=TASKS[setting.task])
     with ghost.active():
-        report = inject_unfilled(ghost.model, _started(lora))
+        report = inject_unfilled(ghost.model, plain := _started(lora))
+        for _, layer in lora_layers(ghost.model) if plain is not lora else ():
+            prepare(layer, lora)
+    if setting.frozen_a:
+        for pair in pairs(ghost.model).values():
+            pair.a.requires_grad_(pair.is_embedding)
     ghost.cast(setting.precision)
     return ghost, report
 
 
 def _started(lora: LoraConfig) -> LoraConfig:
-    """The same adapter begun plainly: where it begins costs nothing in training."""
+    """The same adapter begun plainly: numbers to begin with are what a plan lacks."""
     if lora.init_lora_weights in DATA_DRIVEN or changes_base(lora.init_lora_weights):
         return replace(
             lora, init_lora_weights=True, loftq_config={}, eva_config=None, corda_config=None, lora_ga_config=None
@@ -235,12 +248,15 @@ def _cost(setting: Setting, config: Any, ghost: Ghost, there: int | None, notes:
         return None
 
 
-def _notes(setting: Setting) -> list[str]:
+def _notes(setting: Setting, model: nn.Module) -> list[str]:
     notes = list(setting.notes)
     if setting.lora.init_lora_weights == "eva":
         notes.append("EVA deals ranks out as the data show: r is their mean")
     if changes_base(setting.lora.init_lora_weights):
-        notes.append("the adapter's file has twice the rank: it is for the base as it was")
+        kept = f"{kept_before(model, setting) / 1e9:.3g} GB for weights as they were, which this start changes"
+        notes.append(
+            f"each process keeps {kept}: in main memory" if setting.device == "cuda" else f"base weights: {kept}"
+        )
     return notes
 
 
@@ -271,21 +287,19 @@ def _left_out(root: nn.Module) -> list[Kind]:
 
 
 def _sides(root: nn.Module) -> list[tuple[int, int]]:
-    """Of all linear layers but the output layer, which has rows of its own number."""
+    """``(in, out)`` of all linear layers but the output layer, which has rows of its own number."""
     head = getattr(root, "get_output_embeddings", lambda: None)()
-    linear = (m for m in root.modules() if isinstance(m, nn.Linear) and m is not head)
-    return [(layer.in_features, layer.out_features) for layer in linear]
+    return [kind_of(m).lora_sides(m) for m in root.modules() if is_linear(m) and m is not head]  # type: ignore[union-attr]
 
 
-def _file_bytes(model: nn.Module, lora: LoraConfig) -> int:
-    """Of the adapter's file of weights; where the adapter begins with a part of the base, at twice the rank."""
-    prefix, root = the_root(model)
-    state = adapter_state(model)
-    names = {key: join(prefix, name) for name, key in peft_names(root).items()}
-    tensors = {key: state[name] for key, name in names.items() if name in state}
-    taken_out = changes_base(lora.init_lora_weights)
-    twice = sum(t.numel() * t.element_size() for key, t in tensors.items() if ".lora_" in key) if taken_out else 0
-    return file_bytes(tensors) + twice
+def _file_bytes(ghost: Ghost) -> int:
+    """Of the adapter's file of weights, as `write_folder` would make it."""
+    prefix, root = the_root(ghost.model)
+    with ghost.active():
+        state = joined(adapter_state(ghost.model))
+        tied = {key: [join(prefix, name), flipped] for key, (name, flipped) in tied_names(root).items()}
+        named = {key: state[join(prefix, name)] for name, key in peft_names(root).items()}
+        return file_bytes(named | tied_values(tied, state))
 
 
 def _plain(value: Any) -> Any:

@@ -36,9 +36,11 @@ class Setting:
         precision: A Trainer's.
         strategy: One of `STRATEGIES`.
         devices: Processes in all, each with a device of its own.
+        nodes: Machines that they are spread over.
         tensor_parallel: So many of them share the work of each layer.
         device: ``cpu`` or ``cuda``.
         optimizer_bytes: What the optimizer keeps for each number that it trains.
+        frozen_a: Whether the optimizer trains ``B`` alone (`lora_fa`), so that layers keep less of their inputs.
         memory: Bytes of one device; None: those of this machine.
         notes: What of the training is not counted, or was assumed: told beside the plan.
 
@@ -58,9 +60,11 @@ class Setting:
     precision: str = "32-true"
     strategy: str = "single"
     devices: int = 1
+    nodes: int = 1
     tensor_parallel: int = 1
     device: str = "cpu"
     optimizer_bytes: float = ADAMW
+    frozen_a: bool = False
     memory: int | None = None
     notes: tuple[str, ...] = ()
 
@@ -73,6 +77,11 @@ class Setting:
     def groups(self) -> int:
         """Devices that the rows of a step, and a sharded base, are spread over."""
         return self.devices // self.tensor_parallel
+
+    @property
+    def neighbours(self) -> int:
+        """Processes that share one machine."""
+        return -(-self.devices // self.nodes)
 
     @property
     def tokens_a_step(self) -> int:
@@ -89,7 +98,7 @@ class Setting:
         for name, value, allowed in choices:
             if value not in allowed:
                 yield f"{name} must be one of {', '.join(allowed)}, got {value!r}{did_you_mean(str(value), allowed)}"
-        for name in ("rows", "tokens", "accumulate", "devices", "tensor_parallel", "num_labels"):
+        for name in ("rows", "tokens", "accumulate", "devices", "nodes", "tensor_parallel", "num_labels"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 yield f"{name} must be a whole number of at least 1, got {value!r}"

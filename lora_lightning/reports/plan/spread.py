@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from torch.distributed.tensor.parallel import ParallelStyle, RowwiseParallel
 
+from lora_lightning.config_starts import changes_base
 from lora_lightning.injection.names import canonical_modules
-from lora_lightning.layers import LoraLayer
+from lora_lightning.injection.state import lora_layers
+from lora_lightning.layers import LoraLayer, is_linear
 from lora_lightning.reports.plan.setting import Setting
 from lora_lightning.strategies.blocks import blocks
 from lora_lightning.strategies.parallelize import tensor_parallel_plan
@@ -27,7 +29,7 @@ class Held:
     """Bytes of one device that are there throughout.
 
     Attributes:
-        weights: Of the frozen base.
+        weights: Of the frozen base; on a CPU also what a start that changes it keeps of it.
         adapter: Of what trains.
         gradients: Of what trains.
         optimizer: What the optimizer keeps for it.
@@ -65,7 +67,7 @@ def held(model: nn.Module, setting: Setting) -> Held:
     states = setting.groups if setting.strategy.startswith("deepspeed") else 1
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     return Held(
-        weights=base / shards + buffers,
+        weights=base / shards + buffers + (kept_before(model, setting) if setting.device == "cpu" else 0),
         adapter=adapter,
         gradients=adapter / (states if setting.strategy != "deepspeed_1" else 1),
         optimizer=numbers * setting.optimizer_bytes / states,
@@ -79,11 +81,19 @@ def quantised_bits(setting: Setting) -> float:
     return _BITS[how] + (_SCALES[setting.model.double_quantisation] if how != "int8" else 0)
 
 
-def dequantised(model: nn.Module, setting: Setting) -> float:
+def dequantised(model: nn.Module, setting: Setting, dtype: torch.dtype) -> float:
     """Bytes of the largest quantised weight as numbers, which it is for a moment where a product is made with it."""
     if setting.model.quantisation is None:
         return 0.0
-    return max((numel * 2.0 for numel in _quantised(model).values()), default=0.0)
+    return max((float(numel * dtype.itemsize) for numel in _quantised(model).values()), default=0.0)
+
+
+def kept_before(model: nn.Module, setting: Setting) -> int:
+    """Bytes of main memory for the weights that a start changes, as they were: whole, on every process."""
+    if not changes_base(setting.lora.init_lora_weights):
+        return 0
+    changed = (layer.weight for _, layer in lora_layers(model) if is_linear(layer))
+    return sum(weight.numel() * weight.element_size() for weight in changed)
 
 
 def _quantised(model: nn.Module) -> dict[int, int]:
