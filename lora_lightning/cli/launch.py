@@ -47,7 +47,7 @@ def launch(config_name: str, job: Job, *, command: str | None = None) -> None:
         hydra.main(version_base="1.3", config_path=CONFIGS, config_name=config_name)(_telling(job, started))()
     finally:
         _report()
-    _end_at_once_if_distributed()
+    _leave_group_if_distributed()
 
 
 def _report() -> None:
@@ -57,17 +57,13 @@ def _report() -> None:
             elsewhere.report_on_begun()
 
 
-def _end_at_once_if_distributed() -> None:
-    """End a process of several here, where its work is done and told.
-
-    Threads of torch's process groups now and then abort a process on its way through the interpreter's own end, and a
-    run that has succeeded would look like one that has failed.
-    """
+def _leave_group_if_distributed() -> None:
+    """Have a process of several leave its group where Python ends, with or without a `LoraCallback` in it."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+        from lora_lightning.strategies.ending import leave_group_at_exit
+
+        leave_group_at_exit()
 
 
 def _telling(job: Job, started: list[str]) -> Job:

@@ -181,16 +181,20 @@ def test_the_metric_for_sweepers_is_returned():
 
 @pytest.mark.parametrize("entry", [pytest.param("script", marks=pytest.mark.slow), "console"])
 def test_two_processes_share_a_run(command, warm_python, tmp_path, entry):
-    """Both ways in: Lightning starts the second process from sys.argv. W&B has temporary files, which go at the end."""
+    """Both ways in: Lightning starts the second process from sys.argv. Temporary files of either go at its end."""
     folder, temporary = tmp_path / "run", tmp_path / "t"
     temporary.mkdir()
     console = "import sys; from lora_lightning.cli.main import main; sys.argv[0] = 'lora-lightning'; main()"
     program = [TRAIN] if entry == "script" else ["-c", console, "train"]
     settings = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", f"hydra.run.dir={folder}"]
-    environment = {"TMPDIR": str(temporary), "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    done = command(*program, *FAST, *settings, "logger=wandb", python=warm_python, **environment)
+    (tmp_path / "own.py").write_text(
+        "import tempfile\nfrom lightning.pytorch import Callback\n\nclass Keeping(Callback):\n"
+        "    def __init__(self, place):\n        self.place = tempfile.TemporaryDirectory(dir=place)\n"
+    )
+    settings += ["+callbacks.own._target_=own.Keeping", f"+callbacks.own.place={temporary}"]
+    done = command(*program, *FAST, *settings, python=warm_python, PYTHONPATH=f"{ROOT}:{tmp_path}")
     assert done.returncode == 0, done.stderr
-    assert [path.name for path in temporary.iterdir() if "inductor" not in path.name] == []
+    assert list(temporary.iterdir()) == []
     result = result_of(folder)
     assert (result["status"], result["steps"]) == ("finished", 4)
     assert "8 rows × 2 devices = 16" in done.stdout
