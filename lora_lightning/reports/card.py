@@ -73,7 +73,7 @@ class _Base:
     @property
     def place(self) -> str:
         """What it is loaded from."""
-        return self.name if self.shared else f"path/to/{self.name or 'base'}"
+        return self.name if self.shared else f"path/to/{self.name.rpartition(':')[2] or 'base'}"
 
 
 def write_card(subject: Subject, folder: Path) -> Path:

@@ -64,6 +64,7 @@ def run_page(folder: str | os.PathLike[str]) -> Path:
     run = read_run(Path(folder))
     overrides = [str(each) for each in run.result.get("overrides") or run.about.get("overrides") or ()]
     began, ended, samples = _samples(run.samples)
+    settings = what_matters(run.config, overrides)
     return render.write(
         run.folder,
         "run.html.j2",
@@ -85,7 +86,8 @@ def run_page(folder: str | os.PathLike[str]) -> Path:
         heatmaps=heatmaps(run.insight),
         insight_step=max((row.step for row in run.insight), default=0),
         insight_picture=_insight_picture(run),
-        settings=what_matters(run.config, overrides),
+        settings=settings,
+        typed=any(each.given for group in settings for each in group.settings),
         command=run.about.get("command") or _command(overrides, run),
         environment=run.about.get("environment") or {},
         files=listed(run.folder, _FILES),

@@ -70,9 +70,15 @@ def test_links_lead_to_files_that_are_there(tmp_path):
     assert all((folder / unquote(each)).exists() for each in links)
 
 
-def test_what_was_typed_is_marked(page):
+def test_what_was_typed_is_marked(page, tmp_path):
     marked = [attributes.get("class") for tag, attributes in page.tags if tag == "dd"].count("given")
     assert marked == 2  # lora.r and seed
+    assert "What was typed has a dot" in page.text
+    folder = write_run(tmp_path / "run")
+    for name in ("result.json", "about.json"):
+        told = json.loads((folder / name).read_text()) | {"overrides": []}
+        (folder / name).write_text(json.dumps(told))
+    assert "What was typed has a dot" not in Page(run_page(folder)).text
 
 
 def test_what_was_typed_is_shown_whatever_it_says():
