@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 
 from lora_lightning.injection.matching import pattern_value, patterns_for
@@ -22,37 +22,33 @@ SHORT = 0.2
 """A layer's rank is short where the lesser half of its directions holds more than this share of the update."""
 MOST = 0.5
 """The rank of all is short where that of so many layers is, and a kind's where that of so many of the kind is."""
+HOME = 8
+"""Below this rank, which costs next to nothing, a kind that is short of it raises that of all."""
 
 
 def saturated(evidence: Evidence) -> Iterator[Advice]:
     """The lesser directions carry so much that there are likely to be more."""
-    rows = [row for row in evidence.adapted if row.lesser_half is not None]
-    if evidence.overfits or not evidence.has_learned:
-        return
-    of_kind: dict[str, list[InsightRow]] = defaultdict(list)
-    for row in rows:
-        of_kind[evidence.kinds[row.layer]].append(row)
-    short = {kind: rows for kind, rows in of_kind.items() if sum(map(_is_short, rows)) >= MOST * len(rows)}
-    if not short:
+    rows, r = evidence.adapted, evidence.r
+    short = _short_kinds(rows, evidence.kinds)
+    if not short or evidence.overfits or not evidence.has_learned:
         return
     full = [row for row in rows if _is_short(row)]
     share = fmean(row.lesser_half or 0.0 for row in full)
     numbers = {
         "layers": len(full),
-        "of": len(evidence.adapted),
+        "of": len(rows),
         "lesser_half": share,
         "rank": fmean(row.rank or row.r for row in full),
     }
     seen = (
-        f"In {len(full)} of {len(evidence.adapted)} layers ({counted(evidence.kinds[row.layer] for row in full)}) the "
+        f"In {len(full)} of {len(rows)} layers ({counted(evidence.kinds[row.layer] for row in full)}) the "
         f"lesser half of the directions still holds {percent(share)} of the update on average: more directions are "
         "likely to be used too"
     )
-    r = evidence.r
-    if r is not None and len(full) >= MOST * len(rows) and all(row.r == r for row in rows):
+    if r is not None and all(row.r == r for row in rows) and (len(full) >= MOST * len(rows) or r < HOME):
         yield Advice("rank saturated", "hint", f"{seen}. Try r={raised(r)}.", numbers, with_rank(evidence, raised(r)))
         return
-    ranks = {kind: raised(max(row.r for row in rows)) for kind, rows in short.items()}
+    ranks = {kind: raised(r) for kind, r in short.items()}
     told = ", ".join(f"{kind}: {rank}" for kind, rank in ranks.items())
     yield Advice(
         "rank saturated", "hint", f"{seen}. Try a larger rank there: {told}.", numbers, _pattern(evidence, ranks)
@@ -63,7 +59,9 @@ def unused(evidence: Evidence) -> Iterator[Advice]:
     """Half of the rank, or less, would hold what nearly every layer has learned."""
     rows, r = evidence.adapted, evidence.r
     needed = sorted(row.rank_95 for row in rows if row.rank_95 is not None)
-    if r is None or len(needed) < 2 or any(row.r != r or _is_short(row) for row in rows) or not evidence.has_learned:
+    if r is None or len(needed) < 2 or any(row.r != r for row in rows) or not evidence.has_learned:
+        return
+    if _short_kinds(rows, evidence.kinds):
         return
     most = needed[int(0.95 * (len(needed) - 1))]
     lower = max(2, 1 << (math.ceil(most) - 1).bit_length()) if most else r
@@ -101,7 +99,7 @@ def _alpha(evidence: Evidence, alpha: float, ratio: float) -> float:
     return alpha * (math.sqrt(ratio) if evidence.lora.get("use_rslora") else ratio)
 
 
-def _pattern(evidence: Evidence, raised_kinds: Mapping[str, int]) -> str | None:
+def _pattern(evidence: Evidence, ranks: Mapping[str, int]) -> str | None:
     """Overrides for other ranks in some kinds of layers, at the scale that they have; patterns that are there stay.
 
     None where no short line says it, or one that the patterns which are there leave without effect.
@@ -116,7 +114,7 @@ def _pattern(evidence: Evidence, raised_kinds: Mapping[str, int]) -> str | None:
     for row in evidence.adapted:
         above = row.layer.rpartition(".")[0]
         meant = above if above in names else row.layer  # a projection of an attention that is adapted as a whole
-        of_rank[meant] = max(of_rank.get(meant, 0), raised_kinds.get(evidence.kinds[row.layer], row.r))
+        of_rank[meant] = max(of_rank.get(meant, 0), ranks.get(evidence.kinds[row.layer], row.r))
         of_alpha[meant] = _alpha(evidence, pattern_value(known["alpha"], meant, alpha), of_rank[meant] / row.r)
     told = []
     for name, values, default in (("rank", of_rank, r), ("alpha", of_alpha, alpha)):
@@ -128,6 +126,18 @@ def _pattern(evidence: Evidence, raised_kinds: Mapping[str, int]) -> str | None:
             return None
         told.append(f"'+lora.{name}_pattern={{{','.join(f'{key}:{value:g}' for key, value in pattern.items())}}}'")
     return " ".join(told)
+
+
+def _short_kinds(rows: Sequence[InsightRow], kinds: Mapping[str, str]) -> dict[str, int]:
+    """The kinds of layers that are short of rank, each with the largest rank that one of them has."""
+    of_kind: dict[str, list[InsightRow]] = defaultdict(list)
+    for row in rows:
+        of_kind[kinds[row.layer]].append(row)
+    return {
+        kind: max(row.r for row in alike)
+        for kind, alike in of_kind.items()
+        if sum(map(_is_short, alike)) >= MOST * len(alike)
+    }
 
 
 def _is_short(row: InsightRow) -> bool:

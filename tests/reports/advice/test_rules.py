@@ -6,12 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import T5Config, T5ForConditionalGeneration
 
 from lora_lightning import LoraConfig, inject_lora
 from lora_lightning.adapters.spectrum import spectrum_of
 from lora_lightning.reports.advice import Evidence, judge
 from lora_lightning.reports.advice.curves import spikes
 from lora_lightning.reports.insight import InsightRow
+from lora_lightning.reports.insight.measure import names_below, watched_layers
+from lora_lightning.reports.insight.places import places_of
 
 KINDS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
 
@@ -83,8 +86,65 @@ def test_a_rank_whose_lesser_half_holds_much_is_too_small():
 def test_one_kind_of_layer_gets_a_pattern_with_its_scale():
     advice = the("rank saturated", replace(HEALTHY, rows=of_kind("down_proj")))
     assert advice.override == "'+lora.rank_pattern={down_proj:32}' '+lora.alpha_pattern={down_proj:64}'"
+    low = with_lora(replace(HEALTHY, rows=of_kind("down_proj", rows(r=4))), r=4, lora_alpha=8)
+    assert the("rank saturated", low).override == "lora.r=16 lora.lora_alpha=32"  # where a rank costs next to nothing
     last_block = rows()[:9] + rows(half=0.3)[9:]
     assert names(replace(HEALTHY, rows=last_block)) == []  # which is no kind
+
+
+@pytest.fixture(scope="module")
+def t5():
+    config = T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4, vocab_size=50)
+    return lambda: T5ForConditionalGeneration(config)
+
+
+class Experts(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = torch.nn.Module()
+        self.experts.gate_up = torch.nn.Parameter(torch.randn(2, 32, 32))
+        self.up, self.down = torch.nn.Linear(32, 32), torch.nn.Linear(32, 32)
+        self.attention = torch.nn.MultiheadAttention(32, 2)
+
+
+@pytest.mark.parametrize(
+    ("short", "targets", "parameters", "given"),
+    [
+        ("decoder.block.0.layer.0.SelfAttention.q", ["q", "v"], None, {}),
+        ("decoder.block.0.layer.0.SelfAttention.q", ["q", "v"], None, {"v": 4}),
+        ("experts.gate_up", ["up", "down"], ["experts.gate_up"], {}),
+        ("attention.out_proj", ["up", "down", "attention", "attention.out_proj"], None, {}),
+    ],
+)
+def test_a_pattern_is_one_that_the_layers_take(composed, t5, short, targets, parameters, given):
+    """Of a model with such an adapter, the kind of one layer is short; what is told is done, and only that moves."""
+
+    def adapted(**patterns):
+        model = t5() if "decoder" in short else Experts()
+        config = LoraConfig(r=16, lora_alpha=32, target_modules=targets, target_parameters=parameters, **patterns)
+        inject_lora(model, config)
+        layers = watched_layers(model)
+        return {meant: layers[name] for name, meant in names_below(model, list(layers)).items()}
+
+    before = adapted(rank_pattern=given)
+    kind = places_of(before)[short].kind
+    layers = [replace(rows()[0], layer=name, r=each.lora_r, rank=each.lora_r) for name, each in before.items()]
+    layers = [replace(row, lesser_half=0.3 if places_of(before)[row.layer].kind == kind else 0.0) for row in layers]
+    evidence = with_lora(replace(HEALTHY, rows=layers), rank_pattern=given)
+    told = the("rank saturated", evidence).override
+    lora = composed(*[f"+lora.rank_pattern.{key}={rank}" for key, rank in given.items()], *shlex.split(told)).lora
+    after = adapted(rank_pattern=dict(lora.rank_pattern), alpha_pattern=dict(lora.alpha_pattern))
+    for row in layers:
+        moved = row.lesser_half or (short.startswith("attention") and row.layer == "attention")  # adapted as a whole
+        assert after[row.layer].lora_r == (32 if moved else row.r), row.layer
+        assert after[row.layer].lora_scaling == before[row.layer].lora_scaling, row.layer
+
+
+def test_a_pattern_that_would_have_no_effect_is_not_told():
+    many = replace(HEALTHY, rows=of_kind("down_proj", rows(blocks=60)))
+    hidden = with_lora(many, rank_pattern={r"mlp\.down_proj|q_proj": 16})  # which is found first
+    assert "down_proj: 32" in the("rank saturated", hidden).sentence
+    assert the("rank saturated", hidden).override is None
 
 
 def wanted_spectrum(r, wanted, steps=300):
