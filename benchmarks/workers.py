@@ -10,6 +10,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+_PATIENCE = 20.0  # seconds
+
 
 class Worker:
     """Makes an object in a fresh process and calls its methods from here.
@@ -50,10 +52,11 @@ class Worker:
         return value
 
     def close(self) -> None:
-        """End the process."""
+        """End the process: it hears of it where it waits for its turn, and puts away what it has."""
+        self._pipe.close()
+        self._process.join(_PATIENCE)
         self._process.kill()
         self._process.join()
-        self._pipe.close()
 
 
 class Local:
