@@ -2,6 +2,9 @@
 
 import json
 
+import pytest
+
+from lora_lightning.cli.train import main
 from lora_lightning.reports.insight import read_rows
 
 
@@ -19,3 +22,16 @@ def test_a_run_leaves_insight_and_advice(smoke):
     for advice in told:
         assert advice["sentence"] in page
     assert {advice["rule"] for advice in told} <= {"rank unused"}  # of 64, on a model whose layers are 64 wide
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_that_is_stopped_is_judged_too(call, tmp_path):
+    """At a learning rate of the optimizer's own, which is what there is to change."""
+    rate = ["optimizer=sgd", "optimizer.lr=200", "trainer.gradient_clip_val=null"]
+    call(main, "experiment=smoke", *rate, "callbacks.samples=null", f"hydra.run.dir={tmp_path / 'run'}")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["status"] == "failed"
+    assert result["error"].startswith("NonFiniteError: ")
+    (advice,) = result["advice"]
+    assert (advice["rule"], advice["override"]) == ("learning rate too high", "optimizer.lr=70")
+    assert "the run was stopped" in (tmp_path / "run" / "advice.md").read_text()

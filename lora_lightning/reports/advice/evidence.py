@@ -26,6 +26,8 @@ STEPS = 20
 """Of fewer steps nobody expects much."""
 BARELY = 0.02
 """A loss that has fallen by less than this share of itself has barely moved."""
+UNDERWAY = 0.1
+"""A run whose second half has brought more than this share of all that its loss has fallen by ended on the way."""
 _USUAL_SCALE = 2.0  # up to which ``optimizer.lr`` is ``learning_rate``, and beyond which it is less in proportion
 
 
@@ -116,6 +118,15 @@ class Evidence:
         else:
             return None
         return (first - last) / abs(first) if first and math.isfinite(first - last) else None
+
+    @property
+    def is_underway(self) -> bool:
+        """Whether validation loss was still on its way down: the second half brought more than a tenth of it all."""
+        half = [loss for step, loss in self.validated if 0 < 2 * step <= self.steps]
+        if not half:
+            return False
+        first, last = self.validated[0][1], self.validated[-1][1]
+        return half[-1] - last > UNDERWAY * (first - last) > 0
 
     @property
     def has_learned(self) -> bool:

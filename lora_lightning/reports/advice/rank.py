@@ -61,7 +61,7 @@ def unused(evidence: Evidence) -> Iterator[Advice]:
     needed = sorted(row.rank_95 for row in rows if row.rank_95 is not None)
     if r is None or len(needed) < 2 or any(row.r != r for row in rows) or not evidence.has_learned:
         return
-    if _short_kinds(rows, evidence.kinds):
+    if evidence.is_underway or _short_kinds(rows, evidence.kinds):  # on the way, more rank is also a longer step
         return
     most = needed[int(0.95 * (len(needed) - 1))]
     lower = max(2, 1 << (math.ceil(most) - 1).bit_length()) if most else r
@@ -70,8 +70,8 @@ def unused(evidence: Evidence) -> Iterator[Advice]:
     yield Advice(
         "rank unused",
         "hint",
-        f"{most:.0f} of {r} directions hold 95 % of the update in nearly every layer. The same validation loss is "
-        f"expected at r={lower}, with {percent(1 - lower / r)} fewer parameters to train and to store.",
+        f"{most:.0f} of {r} directions hold 95 % of the update in nearly every layer. About the same validation "
+        f"loss is expected at r={lower}, with {percent(1 - lower / r)} fewer parameters to train and to store.",
         {"r": r, "needed_mean": fmean(needed), "needed_95th_percentile": most, "suggested_r": lower},
         with_rank(evidence, lower),
     )

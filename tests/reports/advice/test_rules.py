@@ -235,6 +235,8 @@ def test_nothing_is_said_of_the_rank_of_what_has_learned_nothing():
     ample = with_lora(replace(HEALTHY, rows=layers), r=64)
     assert names(ample) == ["rank unused"]
     assert names(replace(ample, validated=[(0, 4.41), (60, 4.40)])) == ["learning rate too low"]
+    underway = [(0, 4.41), (30, 2.73), (60, 2.53)]
+    assert names(replace(ample, validated=underway)) == []
     few = Evidence(validated=[(0, 4.4), (2, 4.0)], rows=rows(r=64, needed=7, step=2), config=ample.config)
     assert names(few) == []
 
