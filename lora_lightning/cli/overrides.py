@@ -53,14 +53,14 @@ def check_command(argv: Sequence[str], config_name: str, *, command: str | None 
     elsewhere = (args.config_path, args.config_name, args.config_dir, args.experimental_rerun)
     if any(elsewhere) or args.help or args.hydra_help or args.shell_completion:
         return
-    try:
-        overrides = OverridesParser.create().parse_overrides(args.overrides)
-    except OverrideParseException as error:
-        raise CommandError(
-            f"{error}\n(in a shell, a value with brackets or blanks needs quotes: 'key=[a, b]')"
-        ) from None
     # hydra.main has not run yet, and a caller's own Hydra is left as it is.
     with GlobalHydraKept(), initialize_config_module("lora_lightning.conf", version_base="1.3"):
+        try:
+            overrides = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(args.overrides)
+        except OverrideParseException as error:
+            raise CommandError(
+                f"{error}\n(in a shell, a value with brackets or blanks needs quotes: 'key=[a, b]')"
+            ) from None
         problems = _problems(overrides, config_name, runs=args.cfg is None and args.info is None)
     if problems:
         raise CommandError(_message(problems), _corrected(argv, problems, command))

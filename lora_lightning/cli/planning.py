@@ -52,7 +52,7 @@ def show_side_by_side(cfg: DictConfig, compared: str) -> None:
     Raises:
         CommandError: One of them cannot be planned.
     """
-    override = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_override(compared)
+    (override,) = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides([compared])
     own = HydraConfig.get()
     given = [each for each in own.overrides.task if each.lstrip("+").partition("=")[0] != override.key_or_group]
     made: dict[str, Plan] = {}

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from huggingface_hub import errors
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -17,6 +18,9 @@ from huggingface_hub.errors import (
 
 from lora_lightning.errors import LoraConfigError
 from lora_lightning.tasks.model_config import ModelConfig
+
+_CONTRADICTIONS = getattr(errors, "StrictDataclassError", ValueError)
+"""What newer versions raise of a config.json whose fields do not go together."""
 
 
 @contextmanager
@@ -30,7 +34,7 @@ def explained(config: ModelConfig) -> Iterator[None]:
         yield
     except LoraConfigError:
         raise
-    except (OSError, ValueError, ImportError, HfHubHTTPError) as error:
+    except (OSError, ValueError, ImportError, HfHubHTTPError, _CONTRADICTIONS) as error:
         raise LoraConfigError(explain(config, error)) from error
 
 

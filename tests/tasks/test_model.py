@@ -152,3 +152,10 @@ def test_a_tokenizer_without_padding_gets_one(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_bytes((prepare_demo("demo:tiny-llama") / "config.json").read_bytes())
     assert load_tokenizer(ModelConfig(str(tmp_path))).pad_token == tokenizer.eos_token
+
+
+def test_a_config_that_contradicts_itself_is_told(tmp_path):
+    fields = {"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4, "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(LoraConfigError, match=f"'{tmp_path}' cannot be loaded"):
+        load_model(ModelConfig(str(tmp_path)), "causal_lm")
