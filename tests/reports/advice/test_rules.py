@@ -147,7 +147,7 @@ def test_a_pattern_that_would_have_no_effect_is_not_told():
     assert the("rank saturated", hidden).override is None
 
 
-def wanted_spectrum(r, wanted, steps=300):
+def wanted_spectrum(r, wanted, steps=200):
     """A linear layer trained at a rank towards an update whose singular values are known; its layer after that."""
     generator = torch.Generator().manual_seed(0)
     u, v = (torch.linalg.qr(torch.randn(64, 64, generator=generator)).Q[:, : len(wanted)] for _ in range(2))

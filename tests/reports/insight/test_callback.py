@@ -86,6 +86,7 @@ def test_rows_are_those_of_the_dense_updates(tmp_path):
         assert row.effective_rank == pytest.approx(math.exp(-(share * np.log(share)).sum()), rel=1e-5)
         assert row.stable_rank == pytest.approx((sigma**2).sum() / sigma[0] ** 2, rel=1e-5)
         assert row.rank_used == (1 + (np.cumsum(sigma**2) < 0.99 * (sigma**2).sum()).sum()) / 4
+        assert row.lesser_half == pytest.approx((sigma[2:] ** 2).sum() / (sigma**2).sum(), rel=1e-3)
         assert row.rank_95 == 1 + (np.cumsum(sigma**2) < 0.95 * (sigma**2).sum()).sum()
         assert row.relative_norm == pytest.approx(np.linalg.norm(sigma) / layer.weight.norm().item(), rel=1e-5)
         assert row.grad_norm_A == pytest.approx(gradients.norms[12][f"{name}.lora_A"], rel=1e-5)
