@@ -26,22 +26,24 @@ class Case(NamedTuple):
     """A training to be planned and run.
 
     Attributes:
-        model: Its name; None is a random Llama of another shape.
+        model: Its name; or that of a shape of `RANDOM`, whose weights are drawn.
         task: As a plan calls it.
         rows: Of a batch.
         tokens: Of a row; all of them have a label.
         padded: Whether the last row is shorter by one token.
         checkpointing: Activations are computed again.
         rank: Of the adapter, on all linear layers.
+        start: Its ``init_lora_weights``.
     """
 
-    model: str | None
+    model: str
     task: str
     rows: int
     tokens: int
     padded: bool = False
     checkpointing: bool = False
     rank: int = 16
+    start: bool | str = True
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -49,25 +51,43 @@ class Case(NamedTuple):
         return {"task": self.task, "rows": self.rows, "tokens": self.tokens, "padded": self.padded, "num_labels": 5}
 
 
+SMOLLM2 = "demo:smollm2-135m-instruct"
 CASES = {
-    "SmolLM2-135M": Case("demo:smollm2-135m-instruct", "causal_lm", 4, 256),
-    "SmolLM2-135M, padded": Case("demo:smollm2-135m-instruct", "causal_lm", 4, 256, padded=True),
-    "SmolLM2-135M, checkpointing": Case("demo:smollm2-135m-instruct", "causal_lm", 4, 512, checkpointing=True),
+    "SmolLM2-135M": Case(SMOLLM2, "causal_lm", 4, 256),
+    "SmolLM2-135M, padded": Case(SMOLLM2, "causal_lm", 4, 256, padded=True),
+    "SmolLM2-135M, checkpointing": Case(SMOLLM2, "causal_lm", 4, 512, checkpointing=True),
+    "SmolLM2-135M, checkpointing, twice the rows": Case(SMOLLM2, "causal_lm", 8, 512, checkpointing=True),
+    "SmolLM2-135M, OLoRA": Case(SMOLLM2, "causal_lm", 4, 256, start="olora"),
     "MiniLM-L6, classifier": Case("demo:minilm-l6", "sequence_classification", 32, 128),
-    "random Llama, 63M": Case(None, "causal_lm", 8, 256, rank=64),
+    "random Llama, 63M": Case("llama", "causal_lm", 8, 256, rank=64),
+    "random Llama, 63M, PiSSA": Case("llama", "causal_lm", 8, 256, rank=64, start="pissa_niter_4"),
+    "random Llama, 63M, checkpointing": Case("llama", "causal_lm", 8, 256, rank=64, checkpointing=True),
+    "random GPT-2, 57M": Case("gpt2", "causal_lm", 8, 256),
 }
-OTHER = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 640,
-    "intermediate_size": 1728,
-    "num_hidden_layers": 10,
-    "num_attention_heads": 10,
-    "num_key_value_heads": 5,
-    "vocab_size": 16000,
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 2048,
+RANDOM = {
+    "llama": {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 640,
+        "intermediate_size": 1728,
+        "num_hidden_layers": 10,
+        "num_attention_heads": 10,
+        "num_key_value_heads": 5,
+        "vocab_size": 16000,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 2048,
+    },
+    "gpt2": {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "n_embd": 640,
+        "n_layer": 10,
+        "n_head": 10,
+        "vocab_size": 12000,
+        "n_positions": 512,
+    },
 }
+"""Their ``config.json``."""
 
 
 def main() -> None:
@@ -83,7 +103,9 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        (folder / "config.json").write_text(json.dumps(OTHER))
+        for name, shape in RANDOM.items():
+            (folder / name).mkdir()
+            (folder / name / "config.json").write_text(json.dumps(shape))
         rows = [_row(name, folder) for name in CASES if chosen.only in (None, name)]
     table = _table(rows)
     print(table)
@@ -110,12 +132,21 @@ def _row(name: str, folder: Path) -> list[str]:
 
 
 def _plan(case: Case, folder: Path) -> Any:
-    from lora_lightning import LoraConfig
     from lora_lightning.reports.plan import plan
 
-    model = {"name": case.model or str(folder), "gradient_checkpointing": case.checkpointing}
-    lora = LoraConfig(r=case.rank, lora_alpha=2 * case.rank, lora_dropout=0.05)
-    return plan(model, lora, calibration=False, **case.settings)
+    model = {"name": _name(case, folder), "gradient_checkpointing": case.checkpointing}
+    return plan(model, _lora(case), calibration=False, **case.settings)
+
+
+def _name(case: Case, folder: Path) -> str:
+    return str(folder / case.model) if case.model in RANDOM else case.model
+
+
+def _lora(case: Case) -> Any:
+    from lora_lightning import LoraConfig
+
+    rank = case.rank
+    return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.05, init_lora_weights=case.start)
 
 
 def _measure(case: Case, folder: Path) -> dict[str, int]:
@@ -123,10 +154,9 @@ def _measure(case: Case, folder: Path) -> dict[str, int]:
     import torch
     from lightning.pytorch import Trainer, seed_everything
 
-    from lora_lightning import LoraCallback, LoraConfig
+    from lora_lightning import LoraCallback
 
     seed_everything(0, verbose=False)
-    lora = LoraConfig(r=case.rank, lora_alpha=2 * case.rank, lora_dropout=0.05)
     batch = _batch(case)
     silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = Trainer(
@@ -136,7 +166,7 @@ def _measure(case: Case, folder: Path) -> dict[str, int]:
         enable_model_summary=False,
         default_root_dir=folder,
         gradient_clip_val=1.0,
-        callbacks=[LoraCallback(lora)],
+        callbacks=[LoraCallback(_lora(case))],
         **silent,
     )
     loader = torch.utils.data.DataLoader([batch] * STEPS, batch_size=None)
@@ -152,19 +182,23 @@ def _task(case: Case, folder: Path) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from lora_lightning.strategies.checkpointing import checkpoint_activations
     from lora_lightning.tasks import CausalLM, SequenceClassification
 
     class Random(CausalLM):
         """Over weights that are drawn."""
 
         def _load(self, config: Any) -> Any:
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), dtype=torch.float32)
+            if case.checkpointing:
+                checkpoint_activations(model)
             return None, model.train()
 
-    model = {"name": case.model or str(folder), "gradient_checkpointing": case.checkpointing, "dtype": "float32"}
+    name = _name(case, folder)
+    model = {"name": name, "gradient_checkpointing": case.checkpointing, "dtype": "float32"}
     if case.task == "sequence_classification":
         return SequenceClassification(model, num_labels=5)
-    return (CausalLM if case.model else Random)(model)
+    return (Random if case.model in RANDOM else CausalLM)(model)
 
 
 def _batch(case: Case) -> dict[str, Any]:

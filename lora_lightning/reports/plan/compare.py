@@ -32,7 +32,9 @@ def _lines(plans: list[Plan]) -> dict[str, list[str]]:
         "trains": [f"{plan.report.trainable_parameters:,}" for plan in plans],
         "share": [f"{plan.report.trainable_share:.2%}" for plan in plans],
         "adapter file": [size(plan.file_bytes) for plan in plans],
-        "memory of a device": [size(plan.memory.total) for plan in plans],
+        "memory of a device": [
+            ("at least " if plan.memory.activations is None else "") + size(plan.memory.total) for plan in plans
+        ],
         "fits": ["?" if plan.fits is None else "yes" if plan.fits else "no" for plan in plans],
         "largest batch": ["?" if plan.largest_batch is None else f"{plan.largest_batch:,}" for plan in plans],
         "GFLOP a token": [

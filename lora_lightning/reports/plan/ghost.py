@@ -49,8 +49,7 @@ class Ghost:
             except Exception as error:  # whatever code a model brings
                 raise LoraConfigError(_unbuilt(setting.model, error)) from error
             if setting.model.gradient_checkpointing:
-                new_name, old_name = "activation_checkpointing_enable", "gradient_checkpointing_enable"
-                getattr(self.model, new_name if hasattr(self.model, new_name) else old_name)({"use_reentrant": False})
+                self._checkpointing("enable", {"use_reentrant": False})
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -58,6 +57,20 @@ class Ghost:
         with self._mode, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
+
+    @contextlib.contextmanager
+    def keeping_all(self) -> Iterator[None]:
+        """In here fake tensors pass and nothing is computed again, in a model that does otherwise."""
+        self._checkpointing("disable")
+        try:
+            with self.active():
+                yield
+        finally:
+            self._checkpointing("enable", {"use_reentrant": False})
+
+    def _checkpointing(self, verb: str, *settings: Any) -> None:
+        newer, older = f"activation_checkpointing_{verb}", f"gradient_checkpointing_{verb}"
+        getattr(self.model, newer if hasattr(self.model, newer) else older)(*settings)
 
     def cast(self, precision: str) -> None:
         """As a Trainer casts for a ``-true`` precision."""

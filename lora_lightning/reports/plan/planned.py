@@ -69,6 +69,7 @@ class Plan:
         adapted: The same by kind of layer.
         left_out: Layers that could be adapted and are not.
         file_bytes: Size of the adapter's file of weights.
+        dtype: Of the frozen base, as ``float32``; what is quantised apart.
         memory: Bytes of one device, by what they are for.
         available: Bytes that a device has for training; None where nobody knows.
         largest_batch: The most rows of a batch that fit; None where that is not known.
@@ -83,6 +84,7 @@ class Plan:
     adapted: list[Kind]
     left_out: list[Kind]
     file_bytes: int
+    dtype: str
     memory: Memory
     available: int | None = None
     largest_batch: int | None = None
@@ -108,6 +110,7 @@ class Plan:
             "adapted": [_plain(asdict(kind)) for kind in self.adapted],
             "left_out": [_plain(asdict(kind)) for kind in self.left_out],
             "file_bytes": self.file_bytes,
+            "dtype": self.dtype,
             "memory": self.memory.to_dict(),
             "available": self.available,
             "fits": self.fits,
@@ -191,6 +194,7 @@ def plan_of(setting: Setting, *, calibration: bool = True) -> Plan:
         adapted=_by_kind(report),
         left_out=_left_out(root),
         file_bytes=_file_bytes(ghost),
+        dtype=str(ghost.dtype).removeprefix("torch."),
         memory=with_rows(setting.rows),
         available=there,
         largest_batch=largest,
@@ -256,6 +260,12 @@ def _notes(setting: Setting, model: nn.Module) -> list[str]:
         kept = f"{kept_before(model, setting) / 1e9:.3g} GB for weights as they were, which this start changes"
         notes.append(
             f"each process keeps {kept}: in main memory" if setting.device == "cuda" else f"base weights: {kept}"
+        )
+    if setting.strategy in ("fsdp", "fsdp2", "tp", "deepspeed_3") and not setting.model.in_parts:
+        whole = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+        notes.append(
+            f"before it is spread, each of {setting.neighbours} processes of a machine reads the whole base into main "
+            f"memory: {setting.neighbours * whole / 1e9:.3g} GB; trainer=fsdp2 and tp do not with model.in_parts=true"
         )
     return notes
 

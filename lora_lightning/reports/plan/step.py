@@ -1,4 +1,4 @@
-"""What one step of training takes: its real code run over fake tensors, a few blocks deep, for one row and for two.
+"""What one step of training takes: its real code run over fake tensors, a few blocks deep, with a row more and without.
 
 Nothing is assumed of an architecture. What forward keeps for backward is what autograd holds then; every further block
 of a kind takes what the second one took, and every further row what the second one took, since rows do not see each
@@ -63,22 +63,31 @@ class StepCost:
     """What a step takes, by its number of rows.
 
     Attributes:
-        one: Of one row.
+        rows: So many rows were run with.
+        those: What they take.
         further: Of every further row.
         row_logits: Bytes of one row's logits while the loss is made, those of all its tokens that have a label.
         most_logits: No more of them than this are there at once.
+        kept_whole: As ``those.kept`` and ``further.kept``, were nothing computed again.
     """
 
-    one: Cost
+    rows: int
+    those: Cost
     further: Cost
     row_logits: int
     most_logits: int
+    kept_whole: tuple[float, float]
 
     def of(self, rows: int) -> Cost:
         """What so many rows take; the loss's logits come in chunks."""
-        cost = self.one.plus(self.further, rows - 1)
+        cost = self.those.plus(self.further, rows - self.rows)
         logits = min(rows * self.row_logits, self.most_logits)
         return Cost(cost.kept, max(0.0, cost.loss) + logits, max(0.0, cost.backward), cost.flops, cost.moved)
+
+    def laid_out(self, rows: int) -> float:
+        """Bytes of so many rows that have been there together or one after another: what holes come of."""
+        those, further = self.kept_whole
+        return those + (rows - self.rows) * further
 
 
 def step_cost(ghost: Ghost, setting: Setting, free: int, *, whole_logits: bool = False) -> StepCost:
@@ -86,7 +95,7 @@ def step_cost(ghost: Ghost, setting: Setting, free: int, *, whole_logits: bool =
 
     Args:
         ghost: The model with its adapter.
-        setting: Tokens of a row, share of labels, precision.
+        setting: Rows, tokens of a row, share of labels, precision.
         free: Bytes that are free for the loss, whose chunks go by that.
         whole_logits: Whether the output layer's products are made as a whole, as under tensor parallel.
 
@@ -97,9 +106,17 @@ def step_cost(ghost: Ghost, setting: Setting, free: int, *, whole_logits: bool =
     head = None if whole_logits or setting.task != "causal_lm" else head_of(root)
     row_logits = 0 if head is None else scored(setting, 1) * row_bytes(head, setting, ghost.dtype)
     most_logits = min(MOST_BYTES[setting.device], free // SHARE_OF_FREE)
+    # The most in backward is another part's with few rows than with many, so that it is looked for where it is wanted.
+    batches = (setting.rows, setting.rows + 1)
     with ghost.active():
-        one, two = (_whole_depth(ghost.model, head, setting, rows) for rows in (1, 2))
-    return StepCost(one, two.minus(one), row_logits, most_logits)
+        those, more = (_whole_depth(ghost.model, head, setting, rows) for rows in batches)
+    further = more.minus(those)
+    whole = (those.kept, further.kept)
+    if setting.model.gradient_checkpointing:
+        with ghost.keeping_all():
+            kept, more_kept = (_whole_depth(ghost.model, head, setting, rows).kept for rows in batches)
+        whole = (kept, more_kept - kept)
+    return StepCost(setting.rows, those, further, row_logits, most_logits, whole)
 
 
 def _whole_depth(model: nn.Module, head: nn.Linear | None, setting: Setting, rows: int) -> Cost:

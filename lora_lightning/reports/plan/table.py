@@ -11,7 +11,6 @@ from rich.text import Text
 
 from lora_lightning.reports.plan.memory import LEFT_FREE
 from lora_lightning.reports.plan.planned import Kind, Plan
-from lora_lightning.reports.plan.setting import Setting
 
 _MEMORY = {
     "weights": "Base weights",
@@ -31,7 +30,7 @@ def plan_table(plan: Plan) -> RenderableType:
     parts: list[RenderableType] = [Text(plan.report.line(), style="italic"), _layers(plan), Text("")]
     if plan.left_out:
         parts += [Text(f"Not adapted: {_listed(plan.left_out)}"), Text("")]
-    title = Text(f"Memory of a device ({_where(plan.setting)})", style="italic")
+    title = Text(f"Memory of a device ({_where(plan)})", style="italic")
     parts += [title, _memory(plan), Text(""), _facts(plan)]
     parts += [Text(f"Note: {note}") for note in plan.notes]
     return Group(*parts)
@@ -101,7 +100,7 @@ def _memory(plan: Plan) -> Table:
         if name != "gathered" or numbers[name]:
             table.add_row(heading, size(numbers[name]))
     table.add_section()
-    table.add_row("At most", size(numbers["total"]), style="bold")
+    table.add_row("At least" if plan.memory.activations is None else "At most", size(numbers["total"]), style="bold")
     return table
 
 
@@ -130,8 +129,10 @@ def pairs(lines: dict[str, Any]) -> Table:
     return table
 
 
-def _where(setting: Setting) -> str:
+def _where(plan: Plan) -> str:
+    setting = plan.setting
     parts = [
+        f"{setting.device}, base in {plan.dtype}",
         setting.strategy if setting.devices == 1 else f"{setting.strategy} over {setting.devices}",
         setting.precision,
         f"{setting.rows} × {setting.tokens} tokens",
