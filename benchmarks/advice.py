@@ -4,10 +4,11 @@
     python benchmarks/advice.py experiment=smoke           # the same on a tiny model, a minute or two
     python benchmarks/advice.py --write                    # and puts the table into docs/insight.md
 
-A run with r=2 has the least rank that can be judged: if it is told to be short, following the advice has to lower the
-loss by more than another seed does, and if it is not, r=16 must not. One with r=64 has more than most: following the
-advice has to leave the loss as it is, within what another seed makes of it. What is followed is the override that the
-run itself has printed, whatever it is; of a run that has printed none, the rank of the balanced preset.
+A run with r=2 has the least rank that can be judged: where it is told to be short, following the advice has to lower the
+loss by more than another seed does, and where it is not, r=16 must not. One with r=64 has more than most: where that is
+told, following the advice has to leave the loss as it is, within what another seed makes of it, and where it is not, r=16
+has to cost more. What is followed is the override that the run itself has printed, whatever it is; of a run that has
+printed none, r=16.
 """
 # ruff: noqa: E402 - the path comes before the imports
 
@@ -61,10 +62,7 @@ def followed(folder: Path, rule: str, overrides: list[str]) -> list[str]:
 
 def _is_right(rule: str, spoken: bool, change: float, noise: float) -> bool:
     """Whether the other rank has done to the loss what the run has said of it, or has not by being silent."""
-    helped = change < -noise
-    if rule == "rank saturated":
-        return helped == spoken
-    return not spoken or change <= noise
+    return spoken == (change < -noise if rule == "rank saturated" else change <= noise)
 
 
 def main() -> None:
