@@ -79,7 +79,7 @@ def setting_of(cfg: DictConfig) -> Setting:
     problems: list[str] = []
     found: dict[str, Any] = {}
     notes: list[str] = []
-    for reading in (_model, _lora, _task, _trainer, _data, _asked):
+    for reading in (_model, _lora, _task, _optimizer, _trainer, _data, _asked):
         with _collected(problems):
             read = reading(cfg)
             notes += read.pop("notes", ())
@@ -90,7 +90,7 @@ def setting_of(cfg: DictConfig) -> Setting:
         )
     if found["memory"] is not None and found["device"] == "cpu":
         notes.append("plan.memory is a CPU's main memory here; for a GPU add trainer.accelerator=gpu")
-    return Setting(**found, optimizer_bytes=_optimizer_bytes(cfg), notes=tuple(notes))
+    return Setting(**found, notes=tuple(notes))
 
 
 def _planned(cfg: DictConfig) -> Plan:
@@ -154,6 +154,7 @@ def _trainer(cfg: DictConfig) -> dict[str, Any]:
         "strategy": "tp" if strategy == "fsdp2" and parts > 1 else strategy,
         "device": device,
         "devices": devices,
+        "nodes": trainer["num_nodes"],
         "tensor_parallel": parts,
         "precision": _PRECISIONS.get(str(trainer["precision"]), str(trainer["precision"])),
         "accumulate": trainer["accumulate_grad_batches"],
@@ -182,7 +183,6 @@ def _count(devices: Any) -> int:
     return int(devices)
 
 
-def _optimizer_bytes(cfg: DictConfig) -> float:
-    if cfg.optimizer is None:
-        return ADAMW
-    return _OPTIMIZERS.get(str(cfg.optimizer._target_).rpartition(".")[2], ADAMW)
+def _optimizer(cfg: DictConfig) -> dict[str, Any]:
+    name = "" if cfg.optimizer is None else str(cfg.optimizer._target_).rpartition(".")[2]
+    return {"optimizer_bytes": _OPTIMIZERS.get(name, ADAMW), "frozen_a": name == "lora_fa"}

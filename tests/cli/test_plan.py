@@ -55,7 +55,7 @@ def test_mistakes_are_told(call, words, message):
 
 def planned(*overrides):
     with GlobalHydraKept(), initialize_config_module("lora_lightning.conf", version_base="1.3"):
-        return setting_of(compose("plan", overrides=["experiment=smoke", *overrides]))
+        return setting_of(compose("plan", overrides=["experiment=smoke", "paths.output_dir=x", *overrides]))
 
 
 @pytest.mark.parametrize(
@@ -75,6 +75,12 @@ def test_what_is_assumed_and_not_counted_is_told():
     (note,) = planned("plan.memory=24GB").notes
     assert "trainer.accelerator=gpu" in note
     assert planned("plan.memory=24GB", "trainer.accelerator=gpu").notes == ()
+
+
+def test_optimizers_and_machines_are_read():
+    setting = planned("optimizer=lora_fa", "trainer=ddp", "trainer.devices=2", "trainer.num_nodes=3")
+    assert (setting.frozen_a, setting.devices, setting.nodes) == (True, 6, 3)
+    assert planned("optimizer=sgd").optimizer_bytes == 4
 
 
 DEEPSPEED = {"_target_": "lightning.pytorch.strategies.DeepSpeedStrategy"}
