@@ -4,11 +4,11 @@
     python benchmarks/advice.py experiment=smoke           # the same on a tiny model, a minute or two
     python benchmarks/advice.py --write                    # and puts the table into docs/insight.md
 
-A run with r=2 has the least rank that can be judged: where it is told to be short, following the advice has to lower the
-loss by more than another seed does, and where it is not, r=16 must not. One with r=64 has more than most: where that is
-told, following the advice has to leave the loss as it is, within what another seed makes of it, and where it is not, r=16
-has to cost more. What is followed is the override that the run itself has printed, whatever it is; of a run that has
-printed none, r=16.
+A run with r=2 has the least rank that can be judged: where it is told to be short, following the advice has to lower
+the loss by more than another seed does, and where it is not, r=16 must not. One with r=64 has more than most: where
+that is told, following the advice has to leave the loss as it is, within what another seed makes of it, and where it
+is not, r=16 has to cost more. What is followed is the override that the run itself has printed, whatever it is; of a
+run that has printed none, r=16.
 """
 # ruff: noqa: E402 - the path comes before the imports
 
