@@ -46,8 +46,8 @@ def launch(config_name: str, job: Job, *, command: str | None = None) -> None:
     try:
         hydra.main(version_base="1.3", config_path=CONFIGS, config_name=config_name)(_telling(job, started))()
     finally:
+        _leave_group_if_distributed()
         _report()
-    _leave_group_if_distributed()
 
 
 def _report() -> None:
