@@ -6,7 +6,6 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +15,10 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from lora_lightning.errors import LoraConfigError
 from lora_lightning.reports.plan.setting import Setting
 from lora_lightning.reports.plan.shapes import config_of, is_shape
+from lora_lightning.reports.plan.unbuilt import told_of_files
 from lora_lightning.tasks.dtype import pick_dtype
 from lora_lightning.tasks.hub_errors import explained
 from lora_lightning.tasks.model import AUTO_CLASSES, source_of
-from lora_lightning.tasks.model_config import ModelConfig
 
 _DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 
@@ -47,7 +46,7 @@ class Ghost:
             except (LoraConfigError, OSError):
                 raise
             except Exception as error:  # whatever code a model brings
-                raise LoraConfigError(_unbuilt(setting.model, error)) from error
+                raise LoraConfigError(_unbuilt(setting, error)) from error
             if setting.model.gradient_checkpointing:
                 self._checkpointing("enable", {"use_reentrant": False})
 
@@ -130,17 +129,9 @@ def dtype_of(setting: Setting, config: PretrainedConfig) -> torch.dtype:
     return pick_dtype(setting.model.dtype, stored, torch.device(setting.device))[0]
 
 
-def _unbuilt(model: ModelConfig, error: Exception) -> str:
-    known = "nothing more can be told without its layers"
-    folder = Path(model.name).expanduser()
-    files = [path for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind)] if folder.is_dir() else []
-    if files:
-        size = sum(path.stat().st_size for path in files)
-        known = (
-            f"its {len(files)} files of weights are {size / 1e9:.2f} GB, which the base takes on a device; "
-            "an adapter's size needs the shapes of the layers"
-        )
+def _unbuilt(setting: Setting, error: Exception) -> str:
+    reason = str(error).splitlines()[0] if str(error) else ""
     return (
-        f"The model {model.name!r} cannot be built without its weights, and so not be planned for "
-        f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}): {known}."
+        f"The model {setting.model.name!r} cannot be built without its weights, and so not be planned for "
+        f"({type(error).__name__}: {reason}): {told_of_files(setting)}."
     )
