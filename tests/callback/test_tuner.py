@@ -95,3 +95,22 @@ def test_too_large_a_batch_is_gone_back_from(module_class, make_trainer, rows):
     assert size == 4
     theirs, _ = trained(module_class(), rows, make_trainer(LoraCallback(LoraConfig(r=2)), max_epochs=1), batch_size=4)
     assert equal(module, theirs)
+
+
+def test_the_batch_size_of_the_projects_own_data_is_found(make_trainer):
+    from lora_lightning.data import TinyText
+    from lora_lightning.tasks import CausalLM
+
+    def make(**sizes):
+        torch.manual_seed(0)
+        data = TinyText(rows=40, val_rows=2, group_by_length=False, **sizes)
+        return CausalLM("demo:tiny-llama"), data, make_trainer(LoraCallback(LoraConfig(r=2)), max_steps=2)
+
+    task, data, trainer = make(batch_size=2)
+    size = Tuner(trainer).scale_batch_size(task, datamodule=data, steps_per_trial=1, max_trials=2)
+    assert size == data.batch_size > 2
+    trainer.fit(task, datamodule=data)
+    assert trainer.train_dataloader.batch_size == size
+    given, its_data, its_trainer = make(batch_size=size)
+    its_trainer.fit(given, datamodule=its_data)
+    assert equal(task, given)
