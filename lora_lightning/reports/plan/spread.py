@@ -11,7 +11,7 @@ from torch.distributed.tensor.parallel import ParallelStyle, RowwiseParallel
 
 from lora_lightning.config_starts import changes_base
 from lora_lightning.injection.names import canonical_modules
-from lora_lightning.injection.state import lora_layers
+from lora_lightning.injection.state import adapter_tensors, lora_layers
 from lora_lightning.layers import LoraLayer, is_linear
 from lora_lightning.reports.plan.setting import Setting
 from lora_lightning.strategies.blocks import blocks
@@ -30,7 +30,7 @@ class Held:
 
     Attributes:
         weights: Of the frozen base; on a CPU also what a start that changes it keeps of it.
-        adapter: Of what trains.
+        adapter: Of the adapter, and what else trains.
         gradients: Of what trains.
         optimizer: What the optimizer keeps for it.
         gathered: Parts of a sharded base that are whole for a while, the most at once.
@@ -59,17 +59,19 @@ def held(model: nn.Module, setting: Setting) -> Held:
         bits = quantised_bits(setting) if id(parameter) in quantised else 8 * parameter.element_size()
         return parameter.numel() * bits / 8 / parts
 
+    own = {id(tensor) for tensor in adapter_tensors(model).values()}
     trained = [p for p in model.parameters() if p.requires_grad]
-    adapter = sum(map(size, trained))
+    gradients = sum(map(size, trained))
     numbers = sum(p.numel() / (setting.tensor_parallel if id(p) in split else 1) for p in trained)
-    base = sum(size(p) for p in model.parameters() if not p.requires_grad)
+    still = sum(size(p) for p in model.parameters() if not p.requires_grad and id(p) in own)
+    base = sum(size(p) for p in model.parameters() if not p.requires_grad) - still
     shards = setting.groups if setting.strategy in _SHARDS_BASE else 1
     states = setting.groups if setting.strategy.startswith("deepspeed") else 1
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     return Held(
         weights=base / shards + buffers + (kept_before(model, setting) if setting.device == "cpu" else 0),
-        adapter=adapter,
-        gradients=adapter / (states if setting.strategy != "deepspeed_1" else 1),
+        adapter=gradients + still,
+        gradients=gradients / (states if setting.strategy != "deepspeed_1" else 1),
         optimizer=numbers * setting.optimizer_bytes / states,
         gathered=_gathered(model, setting, size) if shards > 1 else 0.0,
     )

@@ -119,6 +119,7 @@ def test_an_optimizer_that_leaves_a_alone_spares_inputs_of_layers(folder):
     whole, half = (plan(str(folder), LoraConfig(r=4, lora_dropout=0.1), frozen_a=f, **TINY) for f in (False, True))
     assert half.report == whole.report  # which is of the injection
     assert half.memory.gradients < whole.memory.gradients
+    assert half.memory.adapter == whole.memory.adapter
     assert half.memory.activations < whole.memory.activations
 
 
