@@ -123,5 +123,5 @@ def test_the_same_in_a_real_training(command, tmp_path):
     done = command(program, *settings, *short, f"hydra.run.dir={tmp_path / 'run'}")
     assert done.returncode == 1
     assert "trainer.accumulate_grad_batches=" in done.stderr
-    assert "data.max_length=256" in done.stderr
+    assert "data.max_length" not in done.stderr.partition("The corrected command:")[0]  # all rows are as long as can be
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "failed"

@@ -87,7 +87,7 @@ def remedies(setting: Setting, lengths: Sequence[int] | None = None) -> list[Rem
 def listed(found: Sequence[Remedy]) -> str:
     """Remedies in lines for people."""
     if not found:
-        return "Nothing of this training's settings can be smaller: it wants a smaller model, or more memory."
+        return "No setting of this training can be smaller: it wants shorter rows, a smaller model, or more memory."
     lines = ["What takes less, to be added to the command:"]
     for remedy in found:
         about = "" if remedy.total is None else f"; about {size(remedy.total)}"
