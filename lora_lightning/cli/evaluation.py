@@ -18,7 +18,7 @@ from lora_lightning.adapters.hub import adapter_folder
 from lora_lightning.adapters.merge import fold_in
 from lora_lightning.cli.as_trained import as_trained
 from lora_lightning.cli.build import Parts, make_parts, make_trainer, prepare
-from lora_lightning.cli.optimized import optimized
+from lora_lightning.cli.optimized import is_typed, optimized
 from lora_lightning.cli.progress import RunProgress
 from lora_lightning.cli.run_folder import is_first_process, keep
 from lora_lightning.cli.which_adapter import Which, run_around, which_adapter
@@ -65,8 +65,7 @@ def evaluate(cfg: DictConfig) -> float | None:
         _leave(cfg, rows, tasks)
     measured = {each.name: each.adapted for each in rows + tasks}
     # The default is training's; rows of another split, or tasks alone, do not measure it.
-    named = any(each.startswith("optimized_metric=") for each in typed)
-    return optimized(cfg.optimized_metric, measured) if named else measured.get(cfg.optimized_metric)
+    return optimized(cfg.optimized_metric, measured) if is_typed(typed) else measured.get(cfg.optimized_metric)
 
 
 def _which(cfg: DictConfig) -> Which:

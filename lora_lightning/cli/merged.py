@@ -24,7 +24,7 @@ from lora_lightning.errors import AdapterError
 from lora_lightning.tasks.files import fetch_model
 from lora_lightning.tasks.hub_errors import explained
 from lora_lightning.tasks.model_config import ModelConfig
-from lora_lightning.tasks.task_types import of_task_type, labels_in
+from lora_lightning.tasks.task_types import labels_in, of_task_type
 
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_lightning.errors import LoraConfigError, did_you_mean
@@ -22,3 +22,8 @@ def optimized(name: str | None, measured: Mapping[str, Any]) -> float | None:
             f"optimized_metric={name!r} was not measured{did_you_mean(name, known)}. Measured were {', '.join(known)}"
         )
     return float(measured[name])
+
+
+def is_typed(overrides: Sequence[str]) -> bool:
+    """Whether the metric was named on the command line; else it is the default, which not every run measures."""
+    return any(each.startswith("optimized_metric=") for each in overrides)

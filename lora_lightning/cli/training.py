@@ -19,7 +19,7 @@ from lora_lightning.cli.again import command_again
 from lora_lightning.cli.build import Parts, make_callbacks, make_loggers, make_parts, make_trainer, prepare, resolved
 from lora_lightning.cli.ended import ended_by
 from lora_lightning.cli.in_sweep import as_job, hush, job_callbacks, reports_wanted
-from lora_lightning.cli.optimized import optimized
+from lora_lightning.cli.optimized import is_typed, optimized
 from lora_lightning.cli.out_of_memory import remedied
 from lora_lightning.cli.progress import Announcement
 from lora_lightning.config import LoraConfig
@@ -42,7 +42,8 @@ def train(
         make_parts: Makes the task and the data module of a configuration.
 
     Returns:
-        The value of ``cfg.optimized_metric``, for sweepers; None where that is null.
+        The value of ``cfg.optimized_metric``, for sweepers; None where that is null, or where it was not typed and
+        nothing is validated.
 
     Raises:
         LoraConfigError: The configuration or the data is wrong; nothing was trained or overwritten.
@@ -83,6 +84,8 @@ def train(
                 _leave(cfg, overrides, folder, recorder, status, trainer)
         finally:
             trackers.finish(() if trainer is None else trainer.loggers, failed=status == "failed")
+    if trainer.limit_val_batches == 0 and not is_typed(overrides):
+        return None
     return optimized(cfg.optimized_metric, recorder.fields | _tested(trainer))
 
 

@@ -202,6 +202,13 @@ def test_two_processes_share_a_run(command, warm_python, tmp_path, entry):
     assert not (folder / "adapter-2").exists()
 
 
+@pytest.mark.parametrize(("typed", "status"), [([], 0), (["optimized_metric=val_loss"], 1)])
+def test_a_run_without_validation_is_no_failure_unless_its_metric_was_asked_for(call, tmp_path, typed, status):
+    done = call(main, *FAST, "trainer.limit_val_batches=0", *typed, f"hydra.run.dir={tmp_path}/run")
+    assert done.status == status, done.stderr
+    assert result_of(tmp_path / "run")["status"] == "finished"
+
+
 def test_it_runs_from_any_folder_and_leaves_nothing_there_but_outputs(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert call(main, *FAST).status == 0
