@@ -26,4 +26,4 @@ def optimized(name: str | None, measured: Mapping[str, Any]) -> float | None:
 
 def is_typed(overrides: Sequence[str]) -> bool:
     """Whether the metric was named on the command line; else it is the default, which not every run measures."""
-    return any(each.startswith("optimized_metric=") for each in overrides)
+    return any(each.lstrip("+").startswith("optimized_metric=") for each in overrides)

@@ -42,8 +42,8 @@ def train(
         make_parts: Makes the task and the data module of a configuration.
 
     Returns:
-        The value of ``cfg.optimized_metric``, for sweepers; None where that is null, or where it was not typed and
-        nothing is validated.
+        The value of ``cfg.optimized_metric``, for sweepers; None where that is null, or where it is the default
+        and nothing is validated.
 
     Raises:
         LoraConfigError: The configuration or the data is wrong; nothing was trained or overwritten.
@@ -84,9 +84,10 @@ def train(
                 _leave(cfg, overrides, folder, recorder, status, trainer)
         finally:
             trackers.finish(() if trainer is None else trainer.loggers, failed=status == "failed")
-    if trainer.limit_val_batches == 0 and not is_typed(overrides):
-        return None
-    return optimized(cfg.optimized_metric, recorder.fields | _tested(trainer))
+    measured = recorder.fields | _tested(trainer)
+    if trainer.limit_val_batches == 0 and cfg.optimized_metric == "val_loss" and not is_typed(overrides):
+        return None  # the default, which is not to make a failure of a training without validation
+    return optimized(cfg.optimized_metric, measured)
 
 
 def _fit(cfg: DictConfig, trainer: Trainer, parts: Parts, announcement: Announcement, checkpoint: Path | None) -> None:

@@ -35,7 +35,8 @@ def overfitting(evidence: Evidence) -> Iterator[Advice]:
     if (dropout := float(evidence.lora.get("lora_dropout") or 0.0)) < DROPOUT:
         ways.append(f"more dropout (lora.lora_dropout={max(0.1, min(2 * dropout, DROPOUT)):g})")
     if evidence.r is not None and evidence.r > 4:
-        ways.append(f"a lower rank ({with_rank(evidence, evidence.r // 2)})")
+        rank = with_rank(evidence, evidence.r // 2)
+        ways.append(f"a lower rank ({rank})" if rank else "a lower rank")
     listed = ", ".join(ways[:-1]) + f" or {ways[-1]}, one at a time" if ways[1:] else ways[0]
     yield Advice(
         "overfitting",

@@ -22,8 +22,8 @@ SHORT = 0.2
 """A layer's rank is short where the lesser half of its directions holds more than this share of the update."""
 MOST = 0.5
 """The rank of all is short where that of so many layers is, and a kind's where that of so many of the kind is."""
-HOME = 8
-"""Below this rank, which costs next to nothing, a kind that is short of it raises that of all."""
+HOME, SOME = 8, 0.25
+"""Below this rank, which costs next to nothing, it is short where that of so many layers is."""
 
 
 def saturated(evidence: Evidence) -> Iterator[Advice]:
@@ -45,7 +45,7 @@ def saturated(evidence: Evidence) -> Iterator[Advice]:
         f"lesser half of the directions still holds {percent(share)} of the update on average: more directions are "
         "likely to be used too"
     )
-    if r is not None and all(row.r == r for row in rows) and (len(full) >= MOST * len(rows) or r < HOME):
+    if r is not None and all(row.r == r for row in rows) and len(full) >= (SOME if r < HOME else MOST) * len(rows):
         yield Advice("rank saturated", "hint", f"{seen}. Try r={raised(r)}.", numbers, with_rank(evidence, raised(r)))
         return
     ranks = {kind: raised(r) for kind, r in short.items()}
@@ -86,12 +86,18 @@ def raised(r: int) -> int:
     return 8 if r < 4 else 16 if r < 8 else 2 * r
 
 
-def with_rank(evidence: Evidence, r: int) -> str:
-    """The override for another rank at the same scale, whoever has set alpha."""
-    alpha = evidence.lora.get("lora_alpha")
+def with_rank(evidence: Evidence, r: int) -> str | None:
+    """The override for another rank at the same scale, whoever has set alpha; None where no short line says it."""
+    alpha, of_layers = evidence.lora.get("lora_alpha"), evidence.lora.get("alpha_pattern")
     if alpha is None or not evidence.r:
         return f"lora.r={r}"
-    return f"lora.r={r} lora.lora_alpha={_alpha(evidence, alpha, r / evidence.r):g}"
+    if evidence.lora.get("rank_pattern"):
+        return None
+    rank = f"lora.r={r} lora.lora_alpha={_alpha(evidence, alpha, r / evidence.r):g}"
+    if not of_layers:
+        return rank
+    line = _line("alpha", {key: _alpha(evidence, each, r / evidence.r) for key, each in of_layers.items()})
+    return line and f"{rank} {line}"
 
 
 def _alpha(evidence: Evidence, alpha: float, ratio: float) -> float:
@@ -122,10 +128,17 @@ def _pattern(evidence: Evidence, ranks: Mapping[str, int]) -> str | None:
         both = known[name] | pattern
         if any(pattern_value(both, layer, default) != value for layer, value in values.items()):
             return None
-        if len(pattern) > 40 or not all(re.fullmatch(r"[\w.]+", key) for key in pattern):
+        if (line := _line(name, pattern)) is None:
             return None
-        told.append(f"'+lora.{name}_pattern={{{','.join(f'{key}:{value:g}' for key, value in pattern.items())}}}'")
+        told.append(line)
     return " ".join(told)
+
+
+def _line(name: str, pattern: Mapping[str, float]) -> str | None:
+    """The override that adds a pattern; None where it is long, or its keys are no plain names."""
+    if len(pattern) > 40 or not all(re.fullmatch(r"[\w.]+", key) for key in pattern):
+        return None
+    return f"'+lora.{name}_pattern={{{','.join(f'{key}:{value:g}' for key, value in pattern.items())}}}'"
 
 
 def _short_kinds(rows: Sequence[InsightRow], kinds: Mapping[str, str]) -> dict[str, int]:

@@ -102,7 +102,7 @@ def _last_byte(path: Path) -> bytes:
 def go_on(path: Path, step: int) -> None:
     """Make a file ready for a run that begins at a step.
 
-    What it says of later steps is dropped, since they are done again. A run that begins at the beginning leaves an
+    What it says of later steps is dropped, since they are done again; columns that it lacks are added. A run that begins at the beginning leaves an
     earlier run's file beside its own, as ``insight-1.csv``.
     """
     if not path.exists():
@@ -115,11 +115,16 @@ def go_on(path: Path, step: int) -> None:
         return
     rows = read_rows(path)
     kept = [row for row in rows if row.step <= step]
-    if len(kept) < len(rows):
+    if len(kept) < len(rows) or _heading(path) != list(COLUMNS):
         beside = path.with_name(f".{path.name}.tmp")
         beside.unlink(missing_ok=True)
         append_rows(beside, kept)
         beside.replace(path)
+
+
+def _heading(path: Path) -> list[str]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return next(csv.reader(file), [])
 
 
 def _row(cells: dict[str, str]) -> InsightRow:

@@ -261,7 +261,8 @@ def _notes(setting: Setting, model: nn.Module) -> list[str]:
         notes.append(
             f"each process keeps {kept}: in main memory" if setting.device == "cuda" else f"base weights: {kept}"
         )
-    if setting.strategy in ("fsdp", "fsdp2", "tp", "deepspeed_3") and not setting.model.in_parts:
+    spread = setting.strategy in ("fsdp", "fsdp2", "tp", "deepspeed_3") and setting.neighbours > 1
+    if spread and not setting.model.in_parts:
         whole = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
         notes.append(
             f"before it is spread, each of {setting.neighbours} processes of a machine reads the whole base into main "

@@ -73,7 +73,7 @@ def held(model: nn.Module, setting: Setting) -> Held:
         adapter=gradients + still,
         gradients=gradients / (states if setting.strategy != "deepspeed_1" else 1),
         optimizer=numbers * setting.optimizer_bytes / states,
-        gathered=_gathered(model, setting, size) if shards > 1 else 0.0,
+        gathered=_gathered(model, setting, own, size) if shards > 1 else 0.0,
     )
 
 
@@ -107,12 +107,13 @@ def _quantised(model: nn.Module) -> dict[int, int]:
     return {id(layer.weight): layer.weight.numel() for layer in found}
 
 
-def _gathered(model: nn.Module, setting: Setting, size: Any) -> float:
+def _gathered(model: nn.Module, setting: Setting, own: set[int], size: Any) -> float:
     """The two largest blocks, one in use and the next on its way, and what belongs to no block."""
     found = blocks(model)
     inside = {id(p) for block in found for p in block.parameters()}
-    rest = sum(size(p) for p in model.parameters() if id(p) not in inside and not p.requires_grad)
-    largest = max((sum(size(p) for p in block.parameters() if not p.requires_grad) for block in found), default=0.0)
+    base = {id(p) for p in model.parameters() if not p.requires_grad and id(p) not in own}
+    rest = sum(size(p) for p in model.parameters() if id(p) in base - inside)
+    largest = max((sum(size(p) for p in block.parameters() if id(p) in base) for block in found), default=0.0)
     narrow = 2.0 if setting.precision.endswith("-mixed") and _is_wide(model) else 1.0
     return (rest + 2 * largest) / narrow
 

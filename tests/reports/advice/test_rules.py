@@ -88,6 +88,9 @@ def test_one_kind_of_layer_gets_a_pattern_with_its_scale():
     assert advice.override == "'+lora.rank_pattern={down_proj:32}' '+lora.alpha_pattern={down_proj:64}'"
     low = with_lora(replace(HEALTHY, rows=of_kind("down_proj", rows(r=4))), r=4, lora_alpha=8)
     assert the("rank saturated", low).override == "lora.r=16 lora.lora_alpha=32"  # where a rank costs next to nothing
+    head = replace(rows(r=4)[0], layer="lm_head", lesser_half=0.3)  # one layer says nothing of all
+    low = with_lora(replace(HEALTHY, rows=[*rows(r=4), head]), r=4, lora_alpha=8)
+    assert the("rank saturated", low).override == "'+lora.rank_pattern={lm_head:16}' '+lora.alpha_pattern={lm_head:32}'"
     last_block = rows()[:9] + rows(half=0.3)[9:]
     assert names(replace(HEALTHY, rows=last_block)) == []  # which is no kind
 
@@ -211,6 +214,9 @@ def test_a_rank_of_which_little_is_used_is_too_large():
     assert "11 of 64" in advice.sentence
     own_alpha = with_lora(ample, lora_alpha=16)  # of the user's own experiment file, say
     assert the("rank unused", own_alpha).override == "lora.r=16 lora.lora_alpha=4"
+    own = with_lora(ample, alpha_pattern={"q_proj": 64})
+    assert the("rank unused", own).override == "lora.r=16 lora.lora_alpha=32 '+lora.alpha_pattern={q_proj:16}'"
+    assert the("rank unused", with_lora(ample, alpha_pattern={"(q|k)_proj": 64})).override is None
     rslora = with_lora(ample, use_rslora=True)
     assert the("rank unused", rslora).override == "lora.r=16 lora.lora_alpha=64"
     old = LoraConfig(r=64, lora_alpha=128, use_rslora=True).scaling()

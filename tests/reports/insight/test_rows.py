@@ -1,5 +1,7 @@
 """`insight.csv`, as it is written, gone on with and read."""
 
+from dataclasses import replace
+
 import pytest
 
 from lora_lightning import AdapterError
@@ -57,6 +59,16 @@ def test_what_is_done_again_is_dropped_and_nothing_else(tmp_path):
     go_on(path, 15)
     assert read_rows(path) == ROWS[:2]
     assert [each.name for each in tmp_path.iterdir()] == ["insight.csv"]
+
+
+def test_columns_that_a_file_lacks_are_added_where_a_run_goes_on_with_it(tmp_path):
+    path = tmp_path / "insight.csv"
+    append_rows(path, ROWS[:2])
+    path.write_text("".join(line.rpartition(",")[0] + "\n" for line in path.read_text().splitlines()))  # an older one
+    go_on(path, 20)
+    new = replace(ROWS[2], lesser_half=0.125)
+    append_rows(path, [new])
+    assert read_rows(path) == [*ROWS[:2], new]
 
 
 def test_an_earlier_runs_file_is_kept(tmp_path):

@@ -121,6 +121,9 @@ def test_an_optimizer_that_leaves_a_alone_spares_inputs_of_layers(folder):
     assert half.memory.gradients < whole.memory.gradients
     assert half.memory.adapter == whole.memory.adapter
     assert half.memory.activations < whole.memory.activations
+    spread = {"rows": 1, "tokens": 16, "strategy": "fsdp2", "devices": 2, **GPUS}
+    whole, half = (plan(str(folder), LoraConfig(r=4), frozen_a=f, **spread) for f in (False, True))
+    assert half.memory.gathered == whole.memory.gathered  # the base's alone
 
 
 def test_processes_of_one_machine_share_its_memory(folder):
@@ -133,6 +136,7 @@ def test_processes_of_one_machine_share_its_memory(folder):
 def test_what_each_process_reads_before_the_base_is_spread_is_told(folder):
     settings = {"rows": 1, "tokens": 16, "strategy": "fsdp2", "devices": 4, **GPUS}
     assert "each of 4 processes of a machine reads the whole base" in " ".join(plan(str(folder), **settings).notes)
+    assert plan(str(folder), **settings | {"devices": 1}).notes == []
 
 
 def test_no_weight_is_read_and_large_models_take_no_memory():
