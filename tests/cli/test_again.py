@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from lora_lightning.cli import train
 from lora_lightning.cli.again import command_again
 from lora_lightning.cli.sweep.command import job_command
@@ -36,6 +38,12 @@ def test_torchrun_starts_as_many_processes():
         command_again(["a=1"], [train.__file__], environment | {"GROUP_WORLD_SIZE": "3"})
         == f"{begin} --nnodes=3 -m lora_lightning.cli.train a=1"
     )
+
+
+@pytest.mark.parametrize("foreign", [["-f", "k.json"], ["-c", "setup.cfg"], ["--node-port=1", "hydra.x=1"]])
+def test_another_programs_arguments_are_not_read(foreign, capfd):
+    assert command_again(["a=1"], ["kernel.py", *foreign], {}) == "python kernel.py a=1"
+    assert capfd.readouterr() == ("", "")
 
 
 def test_it_stands_in_the_folder_of_a_run(smoke):

@@ -14,14 +14,16 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_lightning import LoraConfig, inject_lora, save_adapter
+from lora_lightning.cli import merge
 from lora_lightning.cli.export import main
 from lora_lightning.tasks import ModelConfig, load_model
 from lora_lightning.tasks.demo import prepare_demo
+from lora_lightning.tasks.tiny_llama import write_tiny_llama
 
 TOKENS = torch.arange(12)[None]
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "lora_lightning.json", "loss.png"}
@@ -143,6 +145,28 @@ def test_the_best_of_a_sweep_has_the_card_of_its_job(smoke, tmp_path, capsys):
     card = ModelCard.load(tmp_path / "out/README.md")
     assert card.data.eval_results
     assert "not of this one" not in card.text
+
+
+@pytest.mark.parametrize("name", ["base", "models/base"])
+def test_a_base_of_this_machine_is_nobodys_on_the_hub_wherever_one_stands(name, tmp_path, monkeypatch, capsys):
+    project = tmp_path / "project"
+    write_tiny_llama(project / name)
+    monkeypatch.chdir(project)
+    model = load_model(ModelConfig(name), "causal_lm")
+    inject_lora(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    save_adapter(model, "adapter")
+    monkeypatch.chdir(tmp_path)
+    main(["project/adapter", "out"])
+    assert "which others cannot have" in capsys.readouterr().err
+    card = ModelCard.load("out/README.md")
+    assert card.data.base_model is None
+    assert "huggingface.co" not in card.content
+    assert 'from_pretrained("path/to/base")' in card.text
+    project = project.rename(tmp_path / "moved")  # with all that is in it
+    monkeypatch.chdir(project)
+    assert AutoPeftModelForCausalLM.from_pretrained("adapter").peft_config["default"].r == 2
+    merge.main(["adapter", "merged"])
+    assert (project / "merged/model.safetensors").is_file()
 
 
 def test_an_adapter_alone_tells_what_it_knows(tmp_path, capsys):

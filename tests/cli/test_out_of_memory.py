@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from hydra import compose, initialize_config_module
 
 from lora_lightning.cli.out_of_memory import is_out_of_memory, remedied
 from lora_lightning.cli.told import CommandError
@@ -33,17 +34,21 @@ with told(), remedied(cfg, overrides[:2]):
 """
 
 
+def pasted_from(stderr):
+    return stderr[stderr.index("The corrected command:") :].splitlines()[1].split()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
 def test_a_training_that_runs_out_of_memory_ends_with_a_command_to_paste(command, warm_python):
     done = command("-c", STARVED, python=warm_python)
     assert done.returncode == 1, done.stderr
     assert "The memory did not suffice (RuntimeError:" in done.stderr
     assert "you tried to allocate 1073741824 bytes" in done.stderr
-    pasted = done.stderr[done.stderr.index("The corrected command:") :].splitlines()[1]
-    words = dict(word.split("=") for word in pasted.split() if "=" in word)
+    pasted = pasted_from(done.stderr)
+    words = dict(word.split("=") for word in pasted if "=" in word)
     assert words["experiment"] == "smoke"
     assert int(words["data.batch_size"]) * int(words["trainer.accumulate_grad_batches"]) == 8
-    assert "data.batch_size=8" not in pasted.split()
+    assert "data.batch_size=8" not in pasted
     assert "Traceback" not in done.stderr
 
 
@@ -51,8 +56,9 @@ def test_every_line_that_is_told_is_one_that_train_takes(call, tmp_path, monkeyp
     (tmp_path / "starving.py").write_text(
         "from lightning.pytorch import Callback\n"
         "class Starve(Callback):\n"
-        "    def on_train_batch_start(self, *_):\n"
-        "        raise RuntimeError('CUDA error: out of memory')\n"
+        "    def on_train_batch_start(self, trainer, module, batch, index):\n"
+        "        if len(batch['input_ids']) == 12:\n"
+        "            raise RuntimeError('CUDA error: out of memory')\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     texts = [f"{number} a fox met the dog at the river" * (12 if number % 15 == 5 else 1) for number in range(60)]
@@ -67,14 +73,26 @@ def test_every_line_that_is_told_is_one_that_train_takes(call, tmp_path, monkeyp
     batch, again = {"data.batch_size", "trainer.accumulate_grad_batches"}, {"model.gradient_checkpointing"}
     kinds = [batch, batch | {"data.packing"}, again, batch | again, batch | again | {"data.max_length"}]
     assert all(kind in told.values() for kind in kinds)
-    pasted = done.stderr[done.stderr.index("The corrected command:") :].splitlines()[1].split()
-    assert {"experiment=smoke", place, *lines[0].split()} <= set(pasted)
-    assert "data.batch_size=12" not in pasted
+    pasted = pasted_from(done.stderr)
+    assert {"experiment=smoke", starving, *lines[0].split()} <= set(pasted)
+    assert not {"data.batch_size=12", place} & set(pasted)  # what lies in that folder is not written over
     for number, line in enumerate(lines):
         kept = [word for word in settings if word.partition("=")[0] not in told[line]]
-        taken = call(main, *kept, *line.split(), f"hydra.run.dir={tmp_path / str(number)}")
+        words = [*kept, *line.split()] if number else pasted[2:]
+        taken = call(main, *words, f"hydra.run.dir={tmp_path / str(number)}")
         assert taken.status == 0, taken.stderr
         assert json.loads((tmp_path / str(number) / "result.json").read_text())["steps"] == 1
+
+
+@pytest.mark.parametrize("typed", [["resume=auto"], ["ckpt_path=last"], ["ckpt_path=x.ckpt"]])
+def test_a_run_that_goes_on_with_another_stays_in_its_folder(typed, monkeypatch):
+    overrides, place = ["experiment=smoke", *typed], "hydra.run.dir=outputs/x"
+    monkeypatch.setattr(sys, "argv", ["scripts/train.py", *overrides, place])
+    with initialize_config_module("lora_lightning.conf", version_base="1.3"):
+        cfg = compose("train", overrides=[*overrides, "paths.output_dir=outputs/x"])
+    with pytest.raises(CommandError) as told, remedied(cfg, overrides):
+        raise MemoryError
+    assert (place in told.value.command.split()) == (typed != ["ckpt_path=x.ckpt"])
 
 
 @pytest.mark.parametrize(

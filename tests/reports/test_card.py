@@ -225,15 +225,44 @@ def test_its_code_makes_room_for_tokens_that_were_added(bases, fields):
 
 
 def test_its_code_folds_in_what_lies_below(bases):
+    """Two runs' adapters, each called ``adapter``, in the folders of which the code speaks."""
     load = transformers.AutoModelForCausalLM.from_pretrained
-    save_adapter(moved(inject(load(bases / "llama"))), "first")
-    model = load(bases / "llama")
-    fold_in(model, "first")
-    inject(model)
-    record_of(the_root(model)[1]).bases = chain_of("first")
-    model = moved(model)
+    save_adapter(moved(inject(load(bases / "llama"))), bases / "first/adapter")
+    save_adapter(over(bases, "first/adapter"), bases / "second/adapter")
+    model = over(bases, "second/adapter")
     for code in exported(model):
         assert_loads(code, model, torch.arange(9)[None])
+    assert "with `first/adapter`, `second/adapter` folded in, in this order" in Path("out/README.md").read_text()
+
+
+def over(bases, below):
+    """A new adapter over the base with others folded in."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(bases / "llama")
+    *earlier, last = chain_of(bases / below)
+    for each in (*earlier, last):
+        fold_in(model, each)
+    inject(model)
+    record_of(the_root(model)[1]).bases = chain_of(bases / below)
+    return moved(model)
+
+
+@pytest.mark.parametrize(
+    ("below", "told", "loaded"),
+    [
+        ("/home/me/first", "first", '"path/to/first"'),
+        ("/home/me/runs/1/adapter", "1/adapter", '"path/to/1/adapter"'),
+        ("/home/me/runs/1/adapter/chat", "1/adapter/chat", '"path/to/1/adapter/chat"'),
+        ("owner/first", "owner/first", '"owner/first"'),
+        ("owner/first@v1", "owner/first@v1", '"owner/first", revision="v1"'),
+    ],
+)
+def test_what_lies_below_is_told_as_others_have_it(run, below, told, loaded):
+    path = run / "adapter/lora_lightning.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bases": [below]}))
+    card = model_card(Subject(run / "adapter", "small", run=run))
+    assert f"It goes over that base with `{told}` folded in" in card
+    assert f"PeftModel.from_pretrained(model, {loaded}).merge_and_unload()" in card
+    assert "/home/me" not in card
 
 
 def inject(model, **fields):
