@@ -1,7 +1,9 @@
-"""The command that runs the same once more, for the page of a run."""
+"""The command that runs the same once more: for the page of a run, and with other settings for one out of memory."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import shlex
 import sys
@@ -11,12 +13,17 @@ from hydra.core.hydra_config import HydraConfig
 
 from lora_lightning.cli.overrides import program
 from lora_lightning.cli.sweep.command import settings_in
+from lora_lightning.sweeps.runs import SWEEP
+
+_GOING_ON = {"resume=auto", "ckpt_path=last"}
 
 
 def command_again(
     overrides: Sequence[str], argv: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ
 ) -> str:
-    """What is typed to run the same once more, in a folder of its own: a finished run is not written over.
+    """What is typed to run the same once more, in a folder of its own: a run is not written over.
+
+    What goes on with the run of a folder does so there; but a job of a sweep is run alone.
 
     Args:
         overrides: The settings of the run.
@@ -29,8 +36,14 @@ def command_again(
     """
     if argv is None:
         argv = sys.argv if HydraConfig.initialized() else sys.argv[:1]
-    flags, of_hydra = settings_in(argv)
-    return f"{_started(argv[0], environment)} {shlex.join([*flags, *of_hydra, *overrides])}".strip()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            flags, of_hydra = settings_in(argv)
+    except SystemExit:  # of another program, which calls `train` itself: a notebook's kernel, a launcher of one's own
+        flags, of_hydra = [], []
+    goes_on = SWEEP not in environment and not _GOING_ON.isdisjoint(overrides)
+    place = [word for word in argv if goes_on and word.startswith("hydra.run.dir=")]
+    return f"{_started(argv[0], environment)} {shlex.join([*flags, *of_hydra, *place, *overrides])}".strip()
 
 
 def _started(path: str, environment: Mapping[str, str]) -> str:

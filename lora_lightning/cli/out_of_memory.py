@@ -5,19 +5,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
-import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 
+from lora_lightning.cli.again import command_again
 from lora_lightning.cli.candidates import Candidates
-from lora_lightning.cli.overrides import program
 from lora_lightning.cli.run_folder import is_first_process
 from lora_lightning.cli.told import CommandError
-from lora_lightning.sweeps.runs import current_sweep
 
 _WORDS = (
     "out of memory",  # of a GPU: torch's allocator, CUDA itself, NCCL
@@ -91,13 +88,9 @@ def _lengths(data: Any) -> Sequence[int] | None:
 
 
 def _command(overrides: Sequence[str], settings: str) -> str:
-    """The command that was typed, flags and all, with other settings; of a sweep's job, the job's."""
-    typed = sys.argv[1:]
-    if current_sweep() is not None or not set(overrides) <= set(typed):
-        typed = list(overrides)
     new = _keys(settings)
-    kept = [word for word in typed if word.lstrip("+").partition("=")[0] not in new]
-    return " ".join([program(sys.argv[0]), *map(shlex.quote, kept), settings])
+    kept = [word for word in overrides if word.lstrip("+").partition("=")[0] not in new]
+    return command_again([*kept, *settings.split()])
 
 
 def _keys(settings: str) -> list[str]:

@@ -6,7 +6,7 @@ import pytest
 
 from lora_lightning.cli import train
 from lora_lightning.cli.again import command_again
-from lora_lightning.cli.sweep.command import job_command
+from lora_lightning.cli.sweep.command import job_command, job_variables
 from tests.cli.conftest import ROOT
 
 
@@ -22,6 +22,13 @@ def test_which_configuration_it_was_and_hydras_settings_are_kept_but_the_folder(
         command_again(["a=1"], ["scripts/train.py", *typed], {})
         == "python scripts/train.py --config-name other --config-dir mine hydra/job_logging=none a=1"
     )
+
+
+@pytest.mark.parametrize("going_on", ["resume=auto", "ckpt_path=last"])
+def test_what_goes_on_with_a_run_does_so_in_its_folder(going_on):
+    typed = ["scripts/train.py", going_on, "hydra.run.dir=outputs/x"]
+    assert command_again([going_on], typed, {}) == f"python scripts/train.py hydra.run.dir=outputs/x {going_on}"
+    assert command_again([going_on], typed, job_variables("sweep", 0)) == f"python scripts/train.py {going_on}"
 
 
 def test_a_job_is_run_alone(tmp_path):

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
 
 from lora_lightning.cli.out_of_memory import is_out_of_memory, remedied
 from lora_lightning.cli.told import CommandError
@@ -82,17 +81,6 @@ def test_every_line_that_is_told_is_one_that_train_takes(call, tmp_path, monkeyp
         taken = call(main, *words, f"hydra.run.dir={tmp_path / str(number)}")
         assert taken.status == 0, taken.stderr
         assert json.loads((tmp_path / str(number) / "result.json").read_text())["steps"] == 1
-
-
-@pytest.mark.parametrize("typed", [["resume=auto"], ["ckpt_path=last"], ["ckpt_path=x.ckpt"]])
-def test_a_run_that_goes_on_with_another_stays_in_its_folder(typed, monkeypatch):
-    overrides, place = ["experiment=smoke", *typed], "hydra.run.dir=outputs/x"
-    monkeypatch.setattr(sys, "argv", ["scripts/train.py", *overrides, place])
-    with initialize_config_module("lora_lightning.conf", version_base="1.3"):
-        cfg = compose("train", overrides=[*overrides, "paths.output_dir=outputs/x"])
-    with pytest.raises(CommandError) as told, remedied(cfg, overrides):
-        raise MemoryError
-    assert (place in told.value.command.split()) == (typed != ["ckpt_path=x.ckpt"])
 
 
 @pytest.mark.parametrize(
