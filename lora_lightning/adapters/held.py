@@ -32,7 +32,7 @@ from lora_lightning.injection.state import (
     the_root,
 )
 
-_ORIGIN = ("seed", "bases", "base_model", "source", "awaits_data", "asked")
+_ORIGIN = ("seed", "bases", "source", "awaits_data", "asked")
 """What a record says of an adapter; the rest of it is about the model that the adapter is in."""
 _MORE = (
     *("target_parameters", "trainable_token_indices", "ensure_weight_tying", "layer_replication"),

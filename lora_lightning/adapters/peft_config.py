@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -47,15 +48,21 @@ def to_peft_config(root: nn.Module) -> dict[str, Any]:
     values["fan_in_fan_out"] = any(layer.lora_kind == "Conv1D" for _, layer in lora_layers(root))
     values["lora_alpha"] = int_if_whole(values["lora_alpha"])
     values["alpha_pattern"] = {key: int_if_whole(value) for key, value in values["alpha_pattern"].items()}
-    name = record.base_model or getattr(root, "name_or_path", None) or None
     values |= {
         "auto_mapping": None,
-        "base_model_name_or_path": name,
+        "base_model_name_or_path": _base_of(root),
         "inference_mode": True,
         "peft_type": "LORA",
         "revision": None,
     }
     return dict(sorted(values.items()))
+
+
+def _base_of(root: nn.Module) -> str | None:
+    """The base as PEFT finds it: a folder below the current one as ``./name``, which no model on the Hub is called."""
+    name = getattr(root, "name_or_path", None) or None
+    below = name is not None and os.path.isdir(name) and not (os.path.isabs(name) or name.startswith("."))
+    return f"./{name}" if below else name
 
 
 def from_peft_config(values: Mapping[str, Any], root: nn.Module, source: str) -> LoraConfig:

@@ -150,7 +150,4 @@ def _record(parts: Mapping[str, Held], layers: Mapping[str, tuple[int, float]], 
     config = replace(owners[0].config, modules_to_save=list(dict.fromkeys(saved)) or None, lora_bias=with_bias)
     task = next((each.config.task_type for each in owners if each.config.task_type), config.task_type)
     root = dict(canonical_modules(model))[held[0].prefix]
-    first = owners[0].record
-    return Injected(
-        explicit(replace(config, task_type=task), layers, root), seed=0, bases=first.bases, base_model=first.base_model
-    )
+    return Injected(explicit(replace(config, task_type=task), layers, root), seed=0, bases=owners[0].record.bases)

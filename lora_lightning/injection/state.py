@@ -34,7 +34,6 @@ class Injected:
         trainable_before: Names, below the root, of parameters that injection froze.
         statistics: Running statistics of normalisation layers as they were, by name below the root.
         bases: Adapter folders folded into the base before this one, oldest first.
-        base_model: Name or folder of the base model, where an adapter folder told it.
         source: Adapter folder whose values were loaded, to go on from.
         still: Running statistics that training leaves as they are, by name below the root.
         replicated: The stack of layers that was built from the model's own, if one was.
@@ -49,7 +48,6 @@ class Injected:
     trainable_before: tuple[str, ...] = ()
     statistics: dict[str, Tensor] = field(default_factory=dict)
     bases: tuple[str, ...] = ()
-    base_model: str | None = None
     source: str | None = None
     still: frozenset[str] = frozenset()
     replicated: Replicated | None = None

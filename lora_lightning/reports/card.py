@@ -64,8 +64,8 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class _Base:
-    """The base model as others know it: a name on the Hub, else what its folder is called here."""
+class _Known:
+    """A model or an adapter as others know it: a name on the Hub, else what its folder is called here."""
 
     name: str
     shared: bool = False
@@ -112,7 +112,7 @@ def model_card(subject: Subject, *, pictures: Sequence[str] = ()) -> str:
     return f"---\n{_header(subject, base, task, run)}\n---\n\n" + "\n\n".join(body) + "\n"
 
 
-def _header(subject: Subject, base: _Base, task: str, run: Run | None) -> str:
+def _header(subject: Subject, base: _Known, task: str, run: Run | None) -> str:
     known = base.name if base.shared else None
     data = str(parts.node(run, "data").get("path") or "")
     results = _results(run, task) if run is not None and subject.at_the_end else []
@@ -151,7 +151,7 @@ def _results(run: Run, task: str) -> list[EvalResult]:
     return found
 
 
-def _summary(subject: Subject, config: Mapping[str, Any], base: _Base) -> str:
+def _summary(subject: Subject, config: Mapping[str, Any], base: _Known) -> str:
     linked = f"[{base.name}]({page_of(base.name)})" if base.shared else base.name
     kind = "aLoRA" if config.get("alora_invocation_tokens") else "DoRA" if config.get("use_dora") else "LoRA"
     stable = ", rank-stabilised" if config.get("use_rslora") else ""
@@ -166,7 +166,7 @@ def _summary(subject: Subject, config: Mapping[str, Any], base: _Base) -> str:
         sentences.append("Some layers have a rank or a scale of their own: see `adapter_config.json`.")
     record = read_record(subject.adapter)
     if chain := record.get("bases"):
-        below = ", ".join(f"`{parts.public(each)}`" for each in chain)
+        below = ", ".join(f"`{_adapter_at(each).name}`" for each in chain)
         sentences.append(f"It goes over that base with {below} folded in, in this order.")
     if cut := record.get("resized"):
         sentences.append(f"Cut down from rank {cut['from']}; {cut['kept']:.2%} of ‖ΔW‖² were kept.")
@@ -175,19 +175,27 @@ def _summary(subject: Subject, config: Mapping[str, Any], base: _Base) -> str:
     return " ".join(sentences)
 
 
-def _use(subject: Subject, config: Mapping[str, Any], base: _Base, task: str) -> str:
+def _use(subject: Subject, config: Mapping[str, Any], base: _Known, task: str) -> str:
     if subject.form == "gguf":
         return use.in_llama_cpp(subject.file)
     if subject.form == "vllm":
         return use.in_vllm(base.place, subject.repo, subject.name, config["r"])
-    below = [parts.public(each) for each in read_record(subject.adapter).get("bases", ())]
+    below = [_adapter_at(each).place for each in read_record(subject.adapter).get("bases", ())]
     return use.in_python(subject.adapter, config, base=base.place, repo=subject.repo, task=task, below=below)
 
 
-def _base_of(name: str) -> _Base:
+def _base_of(name: str) -> _Known:
     if original := original_of(name):
-        return _Base(original, shared=True)
-    return _Base(name, shared=True) if name and on_the_hub(name) else _Base(os.path.basename(name.rstrip("/")))
+        return _Known(original, shared=True)
+    return _Known(name, shared=True) if name and on_the_hub(name) else _Known(os.path.basename(name.rstrip("/")))
+
+
+def _adapter_at(place: str) -> _Known:
+    """An adapter of a chain: that of a run, as ``run/adapter`` or ``run/adapter/NAME``, goes by the run's name too."""
+    if id_of(place):
+        return _Known(place, shared=True)
+    last = Path(place).relative_to(Path(place).anchor).parts[-3:]
+    return _Known("/".join(last[last.index("adapter", 1) - 1 :] if "adapter" in last[1:] else last[-1:]))
 
 
 def _task(config: Mapping[str, Any], run: Run | None) -> str:

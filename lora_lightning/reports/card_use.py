@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import safe_open
 
 from lora_lightning.adapters.facts import WEIGHTS_FILE
+from lora_lightning.adapters.hub import id_of
 from lora_lightning.tasks.task_types import labels_in, of_task_type
 
 _RANKS_OF_VLLM = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -32,7 +33,7 @@ def in_python(
         base: What the base model is called.
         repo: What it is called itself.
         task: Its task type.
-        below: The adapters that were folded into the base before it.
+        below: The adapters that were folded into the base before it: folders, or ``owner/name[@revision]``.
     """
     place, loader = json.dumps(repo), of_task_type(task).auto_class
     labels = labels_in(adapter) if task in ("SEQ_CLS", "TOKEN_CLS") else None
@@ -47,7 +48,7 @@ def in_python(
     ]
     if rows := _rows_in(adapter, config):
         lines.append(f"model.resize_token_embeddings(max({rows}, model.get_input_embeddings().num_embeddings))")
-    lines += [f"model = PeftModel.from_pretrained(model, {json.dumps(each)}).merge_and_unload()" for each in below]
+    lines += [f"model = PeftModel.from_pretrained(model, {_arguments(each)}).merge_and_unload()" for each in below]
     code = "\n".join([*lines, f"model = PeftModel.from_pretrained(model, {place})"])
     return f"""## How to use it
 
@@ -77,6 +78,12 @@ def in_vllm(base: str, repo: str, name: str, r: int) -> str:
 def in_llama_cpp(file: str) -> str:
     """Giving it to llama.cpp beside the base's own file."""
     return f'## How to use it\n\n```sh\nllama-cli -m base.gguf --lora {file} -p "…"\n```'
+
+
+def _arguments(adapter: str) -> str:
+    """What names an adapter to PEFT, which asks for a revision by itself."""
+    name, revision = id_of(adapter) or (adapter, None)
+    return json.dumps(name) + ("" if revision is None else f", revision={json.dumps(revision)}")
 
 
 def _rows_in(adapter: Path, config: Mapping[str, Any]) -> int:

@@ -153,7 +153,7 @@ def test_a_base_of_this_machine_is_nobodys_on_the_hub_wherever_one_stands(name, 
     write_tiny_llama(project / name)
     monkeypatch.chdir(project)
     model = load_model(ModelConfig(name), "causal_lm")
-    inject_lora(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    inject_lora(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     save_adapter(model, "adapter")
     monkeypatch.chdir(tmp_path)
     main(["project/adapter", "out"])

@@ -238,11 +238,11 @@ def test_its_code_folds_in_what_lies_below(bases):
 def over(bases, below):
     """A new adapter over the base with others folded in."""
     model = transformers.AutoModelForCausalLM.from_pretrained(bases / "llama")
-    *earlier, last = chain_of(bases / below)
-    for each in (*earlier, last):
+    chain = chain_of(bases / below)
+    for each in chain:
         fold_in(model, each)
     inject(model)
-    record_of(the_root(model)[1]).bases = chain_of(bases / below)
+    record_of(the_root(model)[1]).bases = chain
     return moved(model)
 
 
