@@ -24,7 +24,7 @@ _HELP = """/adapter, /base, /both  who answers
 /top_p 0.9              draw among the likeliest of this probability
 /tokens 256             of an answer, at most
 /seed 1                 of what is drawn
-/system TEXT            a system message; alone: none. Begins anew
+/system TEXT            a system message for all; alone: none; default: that of each one's training. Begins anew
 /quit                   or Ctrl-D; Ctrl-C ends an answer"""
 
 
@@ -182,7 +182,7 @@ class Conversation:
             field, kind = numbers[name]
             self.sampling = replace(self.sampling, **{field: _number(name, value, kind)})
         elif name == "system":
-            self.system = value.strip()
+            self.system = None if value.strip() == "default" else value.strip()
             self.reset()
         elif name == "reset":
             self.reset()

@@ -84,7 +84,8 @@ class RunRecorder(Callback):
         """Take stock of a run that was broken off."""
         asked = isinstance(exception, (KeyboardInterrupt, SystemExit))  # a signal's handler ends with the latter
         self._take_stock(trainer, pl_module, "interrupted" if asked else "failed")
-        self.fields["error"] = None if asked else f"{type(exception).__name__}: {exception}"
+        # A line of a table: what it was; the log has the rest.
+        self.fields["error"] = None if asked else f"{type(exception).__name__}: {exception}".splitlines()[0]
 
     def state_dict(self) -> dict[str, Any]:
         """The metrics before training, for a run that is resumed."""

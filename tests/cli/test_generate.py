@@ -196,6 +196,14 @@ def test_a_conversation_has_a_history_a_side(voices, reference):
     assert talk._said == {"base": [], "adapter": []}
 
 
+def test_a_system_message_is_for_all_until_each_one_has_its_own_again(voices):
+    talk = Conversation(voices, Sampling())
+    for command, system in (("/system Be long.", ["Be long."]), ("/system", []), ("/system default", ["Be short."])):
+        talk.obey(command)
+        expected = [{"role": "system", "content": text} for text in system]
+        assert talk._said == {"base": expected, "adapter": expected}
+
+
 def test_an_interrupt_ends_the_answers_and_what_there_is_stays(voices):
     talk = Conversation(voices, Sampling(max_new_tokens=50), "")
     pieces = []

@@ -70,14 +70,19 @@ def test_a_later_validation_counts(module, data, make_trainer):
 
 
 @pytest.mark.parametrize(
-    ("error", "status"), [(RuntimeError("broken"), "failed"), (KeyboardInterrupt(), "interrupted")]
+    ("error", "status", "told"),
+    [
+        (RuntimeError("broken\n\tand how"), "failed", "RuntimeError: broken"),
+        (KeyboardInterrupt(), "interrupted", None),
+    ],
 )
-def test_a_run_that_breaks_off(module, data, make_trainer, tmp_path, error, status):
+def test_a_run_that_breaks_off(module, data, make_trainer, tmp_path, error, status, told):
     recorder = RunRecorder()
     with pytest.raises((RuntimeError, SystemExit, KeyboardInterrupt)):
         make_trainer(recorder, Stopper(error)).fit(module, datamodule=data)
     result = json.loads(recorder.write_result(tmp_path / "result.json").read_text())
     assert result["status"] == status
+    assert result["error"] == told
     assert result["steps"] == 3
 
 

@@ -32,7 +32,8 @@ class AboutRun(Callback):
     Args:
         folder: The run's folder.
         overrides: The settings that were typed.
-        command: What is typed to run it again; None: how this process was started.
+        command: What is typed to run it again; None: this script with those settings; of its other arguments any may
+            be a secret, and the page is there to be shown.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class AboutRun(Callback):
     ) -> None:
         self.folder = Path(folder)
         self.overrides = list(overrides)
-        self.command = shlex.join(["python", *sys.argv]) if command is None else command
+        self.command = shlex.join(["python", sys.argv[0], *self.overrides]) if command is None else command
         self._written = False
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -3,6 +3,7 @@
 import json
 import platform
 import subprocess
+import sys
 
 import torch
 from lightning.pytorch import Callback
@@ -40,6 +41,12 @@ def test_written_before_the_first_step(module, data, make_trainer, tmp_path):  #
     assert told["environment"]["torch"] == torch.__version__
     assert told["environment"]["python"] == platform.python_version()
     assert told["environment"]["lora_lightning"] == lora_lightning.__version__
+
+
+def test_the_command_of_a_script_of_ones_own_tells_nothing_but_its_settings(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["my train.py", "--token", "secret"])
+    assert AboutRun("run").command == "python 'my train.py'"
+    assert AboutRun("run", ["lora.r=4"]).command == "python 'my train.py' lora.r=4"
 
 
 def test_git_commit(tmp_path):
