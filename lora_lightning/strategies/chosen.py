@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 from torch import nn
 
 from lora_lightning.adapters import read_config
-from lora_lightning.adapters.folder import place_of
+from lora_lightning.adapters.folder import chain_of, place_of
 from lora_lightning.adapters.merge import fold_in
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import LoraConfigError, did_you_mean
@@ -64,7 +64,7 @@ def config_for(
 
 
 def fold_in_first(target: nn.Module, config: LoraConfig, folder: str) -> None:
-    """Make a saved adapter part of the base, unless that has been done.
+    """Make a saved adapter part of the base, after those that it was trained over, unless that has been done.
 
     Raises:
         LoraConfigError: If the model is injected already, over another base.
@@ -72,7 +72,8 @@ def fold_in_first(target: nn.Module, config: LoraConfig, folder: str) -> None:
     roots = injected_roots(target)
     if not roots:
         check_config(target, config)  # before the base is changed
-        fold_in(target, folder)
+        for each in chain_of(folder):
+            fold_in(target, each)
     elif place_of(folder) not in record_of(next(iter(roots.values()))).bases:
         raise LoraConfigError(
             f"base_adapter={folder!r} has to be folded in before injection, and this model is injected already: "

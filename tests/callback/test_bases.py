@@ -16,6 +16,7 @@ from lora_lightning import (
     LoraConfigError,
     inject_lora,
     load_from_checkpoint,
+    lora_disabled,
     save_adapter,
 )
 from lora_lightning.injection.state import record_of, the_root
@@ -94,6 +95,19 @@ def test_load_from_checkpoint_folds_in_what_was_folded_in(folders, fitted, modul
     torch.testing.assert_close(loaded.net[0].weight, module.net[0].weight)
     assert not torch.equal(loaded.net[0].weight, make_network()[0].weight)
     assert record_of(the_root(loaded)[1]).bases == (str(folders[0]),)
+
+
+def test_an_adapter_over_another_brings_what_lies_below_it(folders, fitted, module_class, make_network, tmp_path):
+    middle, _ = fitted(folders[0], module="net")
+    second = save_adapter(middle.net, tmp_path / "second")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*the base model is not the one")
+        module, path = fitted(second, module="net")
+    with lora_disabled(module.net):
+        torch.testing.assert_close(predictions(module), predictions(middle))
+    assert record_of(the_root(module)[1]).bases == (str(folders[0]), str(second))
+    loaded = load_from_checkpoint(module_class, path, net=make_network())
+    torch.testing.assert_close(predictions(loaded), predictions(module))
 
 
 # The folders' names are those below the network, so they can be folded in there only.
