@@ -65,7 +65,8 @@ class LoraCallback(pl.Callback):
         config: A :class:`LoraConfig` or a mapping of its fields. None is the balanced pattern (r=16, alpha 32, all
             linear layers, dropout 0.05), or what ``adapter`` or an injected model has already.
         adapter: Folder of a saved adapter to go on training (PEFT's too), or ``owner/name[@revision]`` on the Hub.
-        base_adapter: Folder of a saved adapter, or one on the Hub, to fold into the base before a new one is trained.
+        base_adapter: Folder of a saved adapter, or one on the Hub, to fold into the base before a new one is trained;
+            those that it was trained over itself go first.
         module: Attribute of the LightningModule to inject below; nothing outside it is touched.
         name: The adapter's name; two callbacks of one trainer need two.
         on_nonfinite: What to do when a loss or gradients are not finite: ``"stop"`` with an error, or ``"skip"`` the

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lora_lightning.adapters.folder import check_finite, read_peft_config, read_weights
-from lora_lightning.adapters.hub import adapter_folder
+from lora_lightning.adapters.hub import adapter_folder, on_the_hub
 from lora_lightning.adapters.pairs import Pair, pairs_of, refuse_changed_base
 from lora_lightning.adapters.written import refuse_existing, unwritten
 from lora_lightning.errors import AdapterError, did_you_mean
@@ -129,7 +129,7 @@ def write_gguf(
     writer.add_name(name or place.name)
     if known := base_name or config.get("base_model_name_or_path"):
         writer.add_base_model_count(1)
-        writer.add_base_model_name(0, os.path.basename(known) if os.path.isabs(known) else known)
+        writer.add_base_model_name(0, known if on_the_hub(known) else os.path.basename(known.rstrip("/")))
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
     if tokens := config.get("alora_invocation_tokens"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -147,7 +148,7 @@ def _compared(
 ) -> list[tuple[str, Answering]]:
     """Several adapters beside one model, each put into it while it answers."""
     names = [config.get("base_model_name_or_path") for config in configs]
-    if len({*names}) > 1 and not any_base:
+    if len({name and os.path.normpath(name) for name in names}) > 1 and not any_base:
         told = "".join(f"\n  - {folder}: {name}" for folder, name in zip(folders, names, strict=True))
         raise AdapterError(f"adapters are compared over one base, and these name several:{told}")
     adapters = Adapters(model)

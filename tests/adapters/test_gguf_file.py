@@ -60,9 +60,10 @@ def theirs(name: str) -> str:
 
 def test_the_file_has_the_tensors_of_the_folder(shake, tmp_path):
     model = adapter(shake, tmp_path / "adapter")
-    report = write_gguf(tmp_path / "adapter", tmp_path / "a.gguf", model.config.to_dict())
+    report = write_gguf(tmp_path / "adapter", tmp_path / "a.gguf", model.config.to_dict(), base_name="./models/base")
     fields, tensors = read(tmp_path / "a.gguf")
     assert fields["general.type"] == "adapter"
+    assert fields["general.base_model.0.name"] == "base"
     assert fields["general.architecture"] == "llama"
     assert fields["adapter.type"] == "lora"
     assert fields["adapter.lora.alpha"] == 12

@@ -135,6 +135,17 @@ def test_several_adapters_are_compared(made, reference, capsys):
     assert blocks(out) == [(ASKED, expected)]
 
 
+def test_one_folder_may_be_written_in_two_ways(made, tmp_path, monkeypatch, capsys):
+    """PEFT writes the base as it was given, and here a folder is told from a name on the Hub."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(prepare_demo(NAME), "base")
+    for adapter, name in (("theirs", "base"), ("ours", "./base")):
+        config = Path(shutil.copytree(made / "other", adapter)) / "adapter_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": name}))
+    status, _, err = run(capsys, "theirs", "ours", *FEW, "--prompt", ASKED)
+    assert status == 0, err
+
+
 def test_names_tell_which_is_which():
     def names(*places):
         return _labels([Which(adapter, run and Path(run)) for adapter, run in places])
