@@ -17,6 +17,7 @@ from lora_lightning.adapters.facts import WEIGHTS_FILE
 from lora_lightning.adapters.folder import read_peft_config
 from lora_lightning.adapters.hub import id_of, on_the_hub, page_of
 from lora_lightning.adapters.pairs import A_ENDINGS, of_config
+from lora_lightning.data.sources import READERS
 from lora_lightning.reports import card_parts as parts
 from lora_lightning.reports import card_use as use
 from lora_lightning.reports.page.folder import Run, read_run
@@ -115,13 +116,14 @@ def model_card(subject: Subject, *, pictures: Sequence[str] = ()) -> str:
 def _header(subject: Subject, base: _Known, task: str, run: Run | None) -> str:
     known = base.name if base.shared else None
     data = str(parts.node(run, "data").get("path") or "")
+    is_path = Path(data).suffix.lower() in READERS or os.path.exists(data)
     results = _results(run, task) if run is not None and subject.at_the_end else []
     header = ModelCardData(
         base_model=known,
         library_name=_FORMS[subject.form],
         pipeline_tag=of_task_type(task).pipeline,
         tags=["lora", "lora-lightning", *([f"base_model:adapter:{known}"] if known else [])],
-        datasets=[data] if id_of(data) and not os.path.exists(data) else None,
+        datasets=[data] if id_of(data) and not is_path else None,
         model_name=subject.name if results else None,
         eval_results=results or None,
     )

@@ -98,6 +98,12 @@ def test_another_adapter_than_the_last_one_is_not_given_its_figures(run):
     assert "not of this one" not in made
 
 
+def test_a_file_that_is_not_here_is_no_data_set_of_the_hub(run):
+    text = (run / "config.yaml").read_text().replace("/home/me/rows.jsonl", "data/rows.jsonl")
+    (run / "config.yaml").write_text(text)
+    assert ModelCard(model_card(Subject(run / "adapter", "small", run=run))).data.datasets is None
+
+
 def test_a_data_set_of_the_hub_is_linked(run):
     text = (run / "config.yaml").read_text().replace("/home/me/rows.jsonl", "someone/rows")
     (run / "config.yaml").write_text(text)
