@@ -102,8 +102,8 @@ def _last_byte(path: Path) -> bytes:
 def go_on(path: Path, step: int) -> None:
     """Make a file ready for a run that begins at a step.
 
-    What it says of later steps is dropped, since they are done again; columns that it lacks are added. A run that begins at the beginning leaves an
-    earlier run's file beside its own, as ``insight-1.csv``.
+    What it says of later steps is dropped, since they are done again; columns that it lacks are added. A run that
+    begins at the beginning leaves an earlier run's file beside its own, as ``insight-1.csv``.
     """
     if not path.exists():
         return
