@@ -45,7 +45,7 @@ def test_every_key_is_found_with_its_value(path):
         assert flow in found
         if flow == name and not isinstance(value, list):
             told = yaml.safe_load(found[name])
-            assert told == (value.strip() if isinstance(value, str) else value)  # a text of several lines ends at its last
+            assert told == (value.strip() if isinstance(value, str) else value)  # a block ends at its last line
 
 
 def test_comments_are_those_of_the_line_or_the_lines_above(tmp_path):
