@@ -3,12 +3,14 @@
     python benchmarks/advice.py                            # the demo: six trainings
     python benchmarks/advice.py experiment=smoke           # the same on a tiny model, a minute or two
     python benchmarks/advice.py --write                    # and puts the table into docs/insight.md
+    python benchmarks/advice.py --runs outputs/advice      # keeps the runs, and does not repeat those that are there
 
 A run with r=2 has the least rank that can be judged: where it is told to be short, following the advice has to lower
 the loss by more than another seed does, and where it is not, r=16 must not. One with r=64 has more than most: where
 that is told, following the advice has to leave the loss as it is, within what another seed makes of it, and where it
 is not, r=16 has to cost more. What is followed is the override that the run itself has printed, whatever it is; of a
-run that has printed none, r=16.
+run that has printed none, r=16. Another seed begins and drops otherwise, on the same rows in the same order: which rows
+are held out changes a loss by more than training does.
 """
 # ruff: noqa: E402 - the path comes before the imports
 
@@ -36,10 +38,13 @@ ELSE = "lora.r=16"
 
 
 def train(folder: Path, overrides: list[str]) -> dict[str, Any]:
-    """One run, as anybody would start it; its ``result.json``."""
+    """One run, as anybody would start it, unless it is there; its ``result.json``."""
+    result = folder / "result.json"
+    if result.is_file():
+        return json.loads(result.read_text(encoding="utf-8"))
     command = [sys.executable, ROOT / "scripts" / "train.py", *overrides, f"hydra.run.dir={folder}"]
     subprocess.run([*map(str, command)], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    return json.loads(result.read_text(encoding="utf-8"))
 
 
 def followed(folder: Path, rule: str, overrides: list[str]) -> list[str]:
@@ -47,7 +52,7 @@ def followed(folder: Path, rule: str, overrides: list[str]) -> list[str]:
     first = train(folder / "first", overrides)
     said = next((each["override"] for each in first["advice"] if each["rule"] == rule), None)
     then = train(folder / "second", [*overrides, *shlex.split(said or ELSE)])["val_loss"]
-    again = train(folder / "again", [*overrides, "seed=1"])["val_loss"]
+    again = train(folder / "again", [*overrides, "seed=1", "data.seed=0"])["val_loss"]
     loss = first["val_loss"]
     return [
         f"`{_shown(overrides)}`",
@@ -69,11 +74,13 @@ def main() -> None:
     """Train, follow, print, and write where that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE.relative_to(ROOT)}")
+    parser.add_argument("--runs", type=Path, help="where the runs are kept; else they are thrown away")
     parser.add_argument("overrides", nargs="*", help="of all trainings")
     chosen = parser.parse_args()
     common = ["callbacks.samples=null", *chosen.overrides]
     with tempfile.TemporaryDirectory() as place:
-        rows = [followed(Path(place) / rule.replace(" ", "_"), rule, [*common, rank]) for rule, rank in CASES.items()]
+        runs = chosen.runs or Path(place)
+        rows = [followed(runs / rule.replace(" ", "_"), rule, [*common, rank]) for rule, rank in CASES.items()]
     text = markdown(COLUMNS, rows)
     print(f"\n{text}")
     if chosen.write:

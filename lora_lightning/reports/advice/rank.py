@@ -11,7 +11,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from statistics import fmean
+from statistics import fmean, median
 
 from lora_lightning.injection.matching import pattern_value, patterns_for
 from lora_lightning.reports.advice.evidence import Evidence
@@ -56,23 +56,27 @@ def saturated(evidence: Evidence) -> Iterator[Advice]:
 
 
 def unused(evidence: Evidence) -> Iterator[Advice]:
-    """Half of the rank, or less, would hold what nearly every layer has learned."""
+    """Half of the rank, or less, would hold nearly all of what half of the layers have learned.
+
+    Of a run with r=64 whose layers were so, half of the rank lost nothing: not in any layer (docs/shipping.md).
+    """
     rows, r = evidence.adapted, evidence.r
     needed = sorted(row.rank_95 for row in rows if row.rank_95 is not None)
     if r is None or len(needed) < 2 or any(row.r != r for row in rows) or not evidence.has_learned:
         return
     if evidence.is_underway or _short_kinds(rows, evidence.kinds):  # on the way, more rank is also a longer step
         return
-    most = needed[int(0.95 * (len(needed) - 1))]
-    lower = max(2, 1 << (math.ceil(most) - 1).bit_length()) if most else r
+    usual = median(needed)
+    lower = max(2, 1 << (math.ceil(usual) - 1).bit_length()) if usual else r
     if lower > r // 2:
         return
     yield Advice(
         "rank unused",
         "hint",
-        f"{most:.0f} of {r} directions hold 95 % of the update in nearly every layer. About the same validation "
-        f"loss is expected at r={lower}, with {percent(1 - lower / r)} fewer parameters to train and to store.",
-        {"r": r, "needed_mean": fmean(needed), "needed_95th_percentile": most, "suggested_r": lower},
+        f"In half of the layers {usual:.0f} of {r} directions or fewer hold 95 % of the update. About the same "
+        f"validation loss is expected at r={lower}, with {percent(1 - lower / r)} fewer parameters to train and to "
+        f"store; `lora-lightning resize` cuts this adapter to it.",
+        {"r": r, "needed_mean": fmean(needed), "needed_median": usual, "suggested_r": lower},
         with_rank(evidence, lower),
     )
 
