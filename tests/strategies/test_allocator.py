@@ -36,11 +36,12 @@ def _run(wanted, **variables):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the C library of Linux")
 def test_steps_fault_few_pages_in_where_freed_memory_is_kept():
-    _, before = _run(False)
+    # By itself the C library soon keeps some blocks, how many goes by where they happen to lie: it is held to its start.
+    _, before = _run(False, MALLOC_MMAP_THRESHOLD_=str(2**17))
     told, after = _run(True)
     assert told == "True"
-    assert before > 2000  # 4 MiB are 1024 pages
-    assert after < before / 4  # what is kept is at times cut up, and a few blocks are asked for still
+    assert before > 20_000  # 4 MiB are 1024 pages
+    assert after < 2000  # what is kept is at times cut up, and a few blocks are asked for still
 
 
 @pytest.mark.parametrize("name", ["MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"])
