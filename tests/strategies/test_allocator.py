@@ -36,7 +36,7 @@ def _run(wanted, **variables):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the C library of Linux")
 def test_steps_fault_few_pages_in_where_freed_memory_is_kept():
-    # By itself the C library soon keeps some blocks, how many goes by where they happen to lie: it is held to its start.
+    # By itself the C library soon keeps some blocks, how many goes by where they lie: it is held to its start.
     _, before = _run(False, MALLOC_MMAP_THRESHOLD_=str(2**17))
     told, after = _run(True)
     assert told == "True"

@@ -73,9 +73,9 @@ def unused(evidence: Evidence) -> Iterator[Advice]:
     yield Advice(
         "rank unused",
         "hint",
-        f"In half of the layers {usual:.0f} of {r} directions or fewer hold 95 % of the update. About the same "
-        f"validation loss is expected at r={lower}, with {percent(1 - lower / r)} fewer parameters to train and to "
-        f"store; `lora-lightning resize` cuts this adapter to it.",
+        f"In half of the layers {usual:.0f} of {r} directions or fewer hold 95 % of the update. The same validation "
+        f"loss is expected at r={lower} of this adapter when it is cut (`lora-lightning resize`), with "
+        f"{percent(1 - lower / r)} fewer parameters, and about that of one trained so.",
         {"r": r, "needed_mean": fmean(needed), "needed_median": usual, "suggested_r": lower},
         with_rank(evidence, lower),
     )
