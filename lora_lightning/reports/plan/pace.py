@@ -41,7 +41,7 @@ def calibrate(
     dtype: torch.dtype,
     device: str,
     *,
-    seconds: float = 2.0,
+    seconds: float = 1.2,
     processes: int = 1,
 ) -> Pace:
     """Time products of layers, and one operation on single elements.

@@ -165,7 +165,7 @@ def plan_of(setting: Setting, *, calibration: bool = True) -> Plan:
 
     Args:
         setting: What is planned.
-        calibration: Measure for five seconds how fast this machine is; else no time is told.
+        calibration: Measure for a second or two how fast this machine is; else no time is told.
     """
     config = own_config(setting)
     ghost, report = adapted(setting, config)
