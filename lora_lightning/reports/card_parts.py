@@ -46,8 +46,8 @@ def samples(run: Run | None) -> list[str]:
         return []
     first, last = run.samples[0], run.samples[-1]
     rows = [
-        (now.get("prompt"), before, now.get("written") or "(nothing)", right)
-        for before, now, right in pairs_of(first, last)[:_MOST_SAMPLES]
+        (now.get("prompt"), before, now.get("written") or "(nothing)", now.get("reference"))
+        for before, now in pairs_of(first, last)[:_MOST_SAMPLES]
     ]
     return ["## What it writes", table(("prompt", "before", "after", "reference"), rows)] if rows else []
 

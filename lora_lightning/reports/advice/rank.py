@@ -58,7 +58,7 @@ def saturated(evidence: Evidence) -> Iterator[Advice]:
 def unused(evidence: Evidence) -> Iterator[Advice]:
     """Half of the rank, or less, would hold nearly all of what half of the layers have learned.
 
-    Of a run with r=64 whose layers were so, half of the rank lost nothing: not in any layer (docs/shipping.md).
+    On the demo at r=64, which is such a run, the adapter cut to half of its rank lost nothing (docs/shipping.md).
     """
     rows, r = evidence.adapted, evidence.r
     needed = sorted(row.rank_95 for row in rows if row.rank_95 is not None)

@@ -134,8 +134,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [each for each in found if isinstance(each, dict)]
 
 
-def pairs_of(first: Mapping[str, Any], last: Mapping[str, Any]) -> list[tuple[Any, Mapping[str, Any], Any]]:
-    """For each sample of a time what was written first, the sample now, and the reference.
+def pairs_of(first: Mapping[str, Any], last: Mapping[str, Any]) -> list[tuple[Any, Mapping[str, Any]]]:
+    """For each sample of a time what was written first, and the sample now.
 
     By place, as long as the prompts are the same: shortened ones that begin alike cannot be told apart by their text.
     """
@@ -143,4 +143,4 @@ def pairs_of(first: Mapping[str, Any], last: Mapping[str, Any]) -> list[tuple[An
     if [each.get("prompt") for each in earlier] != [each.get("prompt") for each in now]:
         by_prompt = {each.get("prompt"): each for each in earlier}
         earlier = [by_prompt.get(each.get("prompt"), {}) for each in now]
-    return [(old.get("written"), new, new.get("reference")) for old, new in zip(earlier, now, strict=True)]
+    return [(old.get("written"), new) for old, new in zip(earlier, now, strict=True)]

@@ -155,8 +155,13 @@ def _samples(times: list[dict[str, Any]]) -> tuple[str, str, list[Sample]]:
         return "", "", []
     first, last = times[0], times[-1]
     found = [
-        Sample(str(now.get("prompt")), None if last is first else before, str(now.get("written") or "(nothing)"), right)
-        for before, now, right in pairs_of(first, last)
+        Sample(
+            str(now.get("prompt")),
+            None if last is first else before,
+            str(now.get("written") or "(nothing)"),
+            now.get("reference"),
+        )
+        for before, now in pairs_of(first, last)
     ]
     return str(first.get("title", "")), str(last.get("title", "")), found
 

@@ -16,8 +16,9 @@ from lora_lightning.tasks.free_memory import free_memory
 LEFT_FREE = 0.1
 """This share of a device's memory is left free: for what allocators lose, and for whoever else needs some."""
 HOLES = {"cpu": 0.4, "cuda": 0.1}
-"""Memory that lies between the tensors of a step, for each byte of them. Measured on the CPU with five models, where
-memory that was freed is kept (:mod:`lora_lightning.strategies.allocator`): 0.28 to 0.57. On a GPU it is assumed.
+"""Memory that lies between the tensors of a step, for each byte of them. On the CPU, where
+memory that was freed is kept (:mod:`lora_lightning.strategies.allocator`), it is set by the peaks that
+``benchmarks/plan.py`` measures. On a GPU it is assumed.
 
 Activations that are computed again come and go one block after another, and what lives on between them keeps the C
 library from joining the places where they lay. So on the CPU their holes are those of a step that keeps them."""

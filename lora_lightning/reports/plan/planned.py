@@ -32,7 +32,7 @@ from lora_lightning.reports.plan.ghost import Ghost, narrowed, own_config
 from lora_lightning.reports.plan.memory import Memory
 from lora_lightning.reports.plan.pace import calibrate
 from lora_lightning.reports.plan.setting import TASKS, Setting
-from lora_lightning.reports.plan.spread import dequantised, held, kept_before
+from lora_lightning.reports.plan.spread import SHARDS_BASE, dequantised, held, kept_before
 from lora_lightning.reports.plan.step import StepCost, step_cost
 from lora_lightning.strategies.chosen import balanced
 from lora_lightning.tasks.head import root_of
@@ -261,7 +261,7 @@ def _notes(setting: Setting, model: nn.Module) -> list[str]:
         notes.append(
             f"each process keeps {kept}: in main memory" if setting.device == "cuda" else f"base weights: {kept}"
         )
-    spread = setting.strategy in ("fsdp", "fsdp2", "tp", "deepspeed_3") and setting.neighbours > 1
+    spread = setting.strategy in SHARDS_BASE and setting.neighbours > 1
     if spread and not setting.model.in_parts:
         whole = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
         notes.append(

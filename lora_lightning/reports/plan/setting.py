@@ -83,11 +83,6 @@ class Setting:
         """Processes that share one machine."""
         return -(-self.devices // self.nodes)
 
-    @property
-    def tokens_a_step(self) -> int:
-        """Tokens of one optimizer step on one device."""
-        return self.rows * self.tokens * self.accumulate
-
     def _problems(self) -> Any:
         choices = (
             ("task", self.task, tuple(TASKS)),

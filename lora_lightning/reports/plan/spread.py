@@ -21,7 +21,7 @@ from lora_lightning.tasks.head import root_of
 _BITS = {"nf4": 4.0, "fp4": 4.0, "int8": 8.0}
 _SCALES = {True: 8 / 64 + 32 / (64 * 256), False: 32 / 64}
 """Bits a weight for the scales of blocks of 64 in 4 bits: of a byte each with double quantisation, else of four."""
-_SHARDS_BASE = ("fsdp", "fsdp2", "tp", "deepspeed_3")
+SHARDS_BASE = ("fsdp", "fsdp2", "tp", "deepspeed_3")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def held(model: nn.Module, setting: Setting) -> Held:
     numbers = sum(p.numel() / (setting.tensor_parallel if id(p) in split else 1) for p in trained)
     still = sum(size(p) for p in model.parameters() if not p.requires_grad and id(p) in own)
     base = sum(size(p) for p in model.parameters() if not p.requires_grad) - still
-    shards = setting.groups if setting.strategy in _SHARDS_BASE else 1
+    shards = setting.groups if setting.strategy in SHARDS_BASE else 1
     states = setting.groups if setting.strategy.startswith("deepspeed") else 1
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     return Held(
